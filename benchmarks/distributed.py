@@ -119,7 +119,6 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     model = model_of(shape, dtype, ranks)
     rows = examples(4 * options.batch + 3, options.length, shape["vocab_size"], equal=not options.uneven)
     notes, sites = Notes(), find_sites(model)
-    from accelerate import Accelerator
 
     job = TrainingJob(
         model=model, sites=sites, constraints=PlanConstraints("per-layer", 32 if options.tiny else 128),
@@ -127,7 +126,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         search_stream=BatchStream(rows, options.batch, 2),
         valid_examples=(), pad_id=0, config=config, schedule=build_schedule(config),
         checkpoints=NullCheckpointStore(), observer=notes,
-        accelerator=Accelerator(cpu=device.type == "cpu"), ranks=ranks,
+        ranks=ranks,
     )  # fmt: skip
     del model
     loaded = time.monotonic() - started

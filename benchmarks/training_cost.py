@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from geometries import GEOMETRIES, made
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
@@ -166,7 +165,7 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
         train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0,
         config=config, checkpoints=NullCheckpointStore(), observer=clock,
         schedule=one_cut_schedule(config) if dense else build_schedule(config),
-        accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
+        teacher=teacher,
         given_plan=dense_plan(sites) if dense else None,
     ))  # fmt: skip
     return clock

@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from geometries import GEOMETRIES, made
 
 from prunetune.config.recipe import RunConfig, from_mapping
@@ -119,7 +118,7 @@ def main() -> None:
         train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0,
         config=config, schedule=build_schedule(config),
         checkpoints=NullCheckpointStore(), observer=phases,
-        accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
+        teacher=teacher,
     )  # fmt: skip
     genuine = WeightTrainer.cut
 

@@ -18,6 +18,11 @@ MODULES = tempfile.TemporaryDirectory(prefix="prunetune-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 
+def pytest_unconfigure() -> None:
+    """Remove the folder when the tests are done: a process that is ended from outside runs no exit handlers."""
+    MODULES.cleanup()
+
+
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line: (exit code, stdout, stderr) of these arguments."""

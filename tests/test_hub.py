@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from prunetune import Plan, cut, find_sites, hub
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import compute_logits
+from prunetune.model.per_layer_classes import per_layer_classes
 from prunetune.pruning.units import DEFAULT_UNITS
 from support.data import subwords
 from support.models import random_plan, relative, tiny, tokens
@@ -43,7 +44,7 @@ hub.register()
 hub.register()
 for folder in map(Path, sys.argv[1:]):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(model).__module__ == "prunetune.hub", type(model)
+    assert type(model).__module__ == "prunetune.model.per_layer_classes", type(model)
     assert not any("transformers_modules" in name for name in sys.modules)
     tokens = load_file(folder / "tokens.st")["tokens"]
     save_file({"logits": model(tokens).logits.contiguous()}, folder / "logits.st")
@@ -85,7 +86,7 @@ def test_registered_class_has_the_widths_of_the_configuration(family: str, tmp_p
     sites, plan = find_sites(model), random_plan(model)
     cut(model, plan)
     write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
-    config_class, base, causal = hub.per_layer_classes(family)
+    config_class, base, causal = per_layer_classes(family)
     config = config_class.from_pretrained(tmp_path / "model")
     with torch.device("meta"):
         registered = causal(config)
@@ -95,6 +96,6 @@ def test_registered_class_has_the_widths_of_the_configuration(family: str, tmp_p
 
 
 def test_vllm_finds_register_as_a_plugin() -> None:
-    assert not hub.per_layer_classes("llama")[1].__init__.__annotations__
+    assert not per_layer_classes("llama")[1].__init__.__annotations__
     (point,) = (p for p in entry_points(group="vllm.general_plugins") if p.name == "prunetune")
     assert point.load() is hub.register

@@ -76,11 +76,11 @@ def test_sections_are_written_with_their_keys_in_order() -> None:
     limit = LimitFacts(condition="guard.nll <= 3", limit=3, measured=None, is_met=False)
     action = LimitActionFacts(step=2, conditions=("guard.nll <= 3",), action="stopped at step 2")
     limits = LimitsFacts(limits=(limit,), actions=(action,), requested_keep=0.5, allowed_keep=0.6, kept=None)
-    model = DenseModelFacts(name="a", params=2, decoder_params=1)
+    model = DenseModelFacts(name="a", params=2, decoder_params=1, identity={"a.safetensors": "5f"})
     written = replace(Manifest.empty(), failed="", limits=limits, model=model, commit="")
     assert json.dumps(written.to_dict()) == json.dumps({
         "commit": "",
-        "model": {"name": "a", "params": 2, "decoder_params": 1},
+        "model": {"name": "a", "params": 2, "decoder_params": 1, "identity": {"a.safetensors": "5f"}},
         "gates": {
             "limits": [{"gate": "guard.nll <= 3", "limit": 3, "found": None, "held": False}],
             "events": [{"step": 2, "gates": ["guard.nll <= 3"], "did": "stopped at step 2"}],

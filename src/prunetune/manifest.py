@@ -124,6 +124,24 @@ def _read_measured(value: Any) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvironmentFacts(ManifestPart):
+    """Software and machine of one process of a run, or of several in which they were the same."""
+
+    commit: str | None  # of prunetune; "" where that is not known
+    versions: Mapping[str, str]
+    device: str | None
+    dtype: str | None
+
+    def changes_since(self, before: EnvironmentFacts) -> str:
+        """What differs from an earlier environment, in words; "" where nothing does."""
+        pairs = [("commit", before.commit, self.commit), ("device", before.device, self.device)]
+        pairs += [("dtype", before.dtype, self.dtype)]
+        names = {**before.versions, **self.versions}
+        pairs += [(name, before.versions.get(name), self.versions.get(name)) for name in names]
+        return ", ".join(f"{name} {old or 'none'} is now {new or 'none'}" for name, old, new in pairs if old != new)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFacts(ManifestPart):
     """The rows of a run, by split: train, search, texts, guard, valid, test."""
 
@@ -140,6 +158,7 @@ class DenseModelFacts(ManifestPart):
     name: str
     params: int | None
     decoder_params: int | None  # of the decoder's blocks
+    identity: Mapping[str, str]  # SHA-256 of each of its files by name; of a hub model {"commit": its commit}
     bytes: int | None = None  # of weights, in the type in which the pruned model is written
 
 
@@ -351,10 +370,11 @@ class Manifest(ManifestPart):
     """All that is known of a run so far, in the order in which a run learns it."""
 
     command: str | None = json_key("command", read=_read_command)
-    commit: str | None  # of prunetune; "" where that is not known
+    commit: str | None  # this and the next three: of the process that wrote last
     versions: Mapping[str, str]
     device: str | None
     dtype: str | None
+    environments: tuple[EnvironmentFacts, ...]  # all, in the order in which they worked on the run
     seeds: Mapping[str, int | None]
     data: DataFacts
     model: DenseModelFacts
@@ -365,6 +385,7 @@ class Manifest(ManifestPart):
     cuts: tuple[CutFacts, ...]
     validation: ValidationFacts
     limits: LimitsFacts = json_key("gates")
+    cost_limits: Mapping[str, float | None]  # of budgets other than keep, by kind: FLOPs, bytes, or seconds
     quantised: QuantisedFacts
     pruned: PrunedModelFacts
     selfcheck: SelfCheckFacts
@@ -373,6 +394,14 @@ class Manifest(ManifestPart):
     peak_memory_mb: float | None
     gain: GainFacts
     failed: str | None  # the limits that were missed, in words; "" of a run that ended well
+
+    @property
+    def known_environments(self) -> tuple[EnvironmentFacts, ...]:
+        """`environments`, or the one that is known of a run of 0.1.0."""
+        if self.environments or not self.versions:
+            return self.environments
+        facts = EnvironmentFacts(commit=self.commit, versions=self.versions, device=self.device, dtype=self.dtype)
+        return (facts,)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

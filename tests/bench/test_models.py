@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from prunetune.bench import clock
 from prunetune.bench.llamacpp import LlamaCppRunner, gguf_context_length
-from prunetune.bench.local import ATTENTION, LocalRunner
+from prunetune.bench.local import ATTENTION, LocalRunner, decode_bytes
 from prunetune.bench.models import ModelSpec, resolve_models
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner_protocol import OutOfMemory
@@ -25,7 +26,9 @@ from prunetune.errors import ConfigError, MissingPackage, ModelError
 from prunetune.export.formats import export_run
 from support import bench as bench_helpers
 from support.data import subwords
+from support.evaluation import characters
 from support.export import run_folder
+from support.models import HYBRIDS, hybrid
 from support.suites import model_folder
 
 SMALL = BenchOptions(prompt=12, generate=4, batch="1,2", runs=2, device="cpu", dtype="float32")
@@ -51,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 def test_dense_model_of_a_run_is_measured_first(run: Path, dense: Path) -> None:
     specs = resolve_models([str(run)], SMALL)
     assert [spec.label for spec in specs] == [f"{dense} (dense)", str(run)]
-    assert [spec.trust_remote_code for spec in specs] == [False, True]
+    assert [spec.trust_remote_code for spec in specs] == [False, False]
     assert [spec.label for spec in resolve_models([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [
         str(run)
     ]
@@ -137,6 +140,21 @@ def test_decode_bytes_include_a_tied_table_and_are_none_for_mixtures(tmp_path: P
     assert tied.warm_up(1).decode_bytes == weights + cached
     mixed = LocalRunner(ModelSpec("mixed", str(model_folder(tmp_path / "mixed", family="mixtral"))), SMALL)
     assert mixed.warm_up(1).decode_bytes is None
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_are_timed_with_all_that_their_caches_hold(family: str, tmp_path: Path) -> None:
+    vocabulary = len(characters())
+    hybrid(family, vocab_size=vocabulary).save_pretrained(tmp_path)
+    characters().save_pretrained(tmp_path)
+    runner = LocalRunner(ModelSpec(family, str(tmp_path)), SMALL)
+    small, large = runner.warm_up(1), runner.warm_up(3)
+    assert runner.run(1).total_s > 0
+    if family == "qwen3_next":  # a mixture
+        assert small.decode_bytes is None
+        return
+    weights = decode_bytes(runner.model, DynamicCache())
+    assert large.decode_bytes - weights == 3 * (small.decode_bytes - weights) > 0
 
 
 COMPILED = dataclasses.replace(SMALL, compile=True)
@@ -253,10 +271,7 @@ def test_llama_cpp_runner_counts_and_times_a_file(run: Path, tmp_path: Path) -> 
     facts = runner.facts()
     assert facts.dtype == "f16"
     assert facts.file_bytes == file.stat().st_size
-    assert (
-        facts.parameters
-        == LocalRunner(ModelSpec("run", str(run / "model"), trust_remote_code=True), SMALL).facts().parameters
-    )
+    assert facts.parameters == LocalRunner(ModelSpec("run", str(run / "model")), SMALL).facts().parameters
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

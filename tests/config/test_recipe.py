@@ -523,3 +523,22 @@ def test_retired_flag_says_what_to_do_and_is_not_shown(
 
 def test_values_that_are_not_retired_are_read() -> None:
     assert from_mapping({"search": {"sparsity": "off"}}).search.sparsity == "off"
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"budget": {"keep": "0.8, 0.6000001, 0.6"}}, "budget.keep names 0.6000001 and 0.6"),
+        ({"budget": {"keep": 0.6000001, "sizes": [0.6]}}, "budget.keep names 0.6000001 and 0.6"),
+        ({"compare": {"keeps": [0.5, 0.7, 0.50000001]}}, "compare.keeps names 0.5 and 0.50000001"),
+        ({"compare": {"learning_rates": [1e-3, 1.0000001e-3]}}, "compare.learning_rates names 0.001 and 0.0010000001"),
+    ],
+)
+def test_numbers_by_which_files_are_named_differ_in_six_digits(values: dict[str, Any], names: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(names)}, .* leave one of them out") as refused:
+        from_mapping(values)
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_named_twice_are_compared_once() -> None:
+    assert from_mapping({"compare": {"keeps": [0.5, 0.5]}}).compare.keeps == (0.5, 0.5)

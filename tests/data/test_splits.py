@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prunetune.config.recipe import DataConfig
+from prunetune.data import splits
 from prunetune.data.records import Record
 from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import DataError
@@ -266,3 +267,53 @@ def test_hashes_follow_content_and_order_but_not_place_or_weight(tmp_path: Path)
         other = loaded(tmp_path / "c", train=changed, **rows).hashes
         assert other["train"] != first["train"]
         assert other["test"] == first["test"]
+
+
+PAIRS = [
+    ("texts", "test"), ("texts", "valid"), ("texts", "guard"), ("texts", "general"),
+    ("guard", "test"), ("guard", "general"), ("valid", "general"),
+    ("train", "guard"), ("train", "general"), ("search", "guard"), ("search", "general"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loser", "keeper"), PAIRS)
+def test_splits_beside_the_four_are_disjoint_from_what_they_stand_for(loser: str, keeper: str, tmp_path: Path) -> None:
+    names = ("train", "search", "valid", "test", "texts", "guard", "general")
+    rows = {name: pairs(3, 10 * index) for index, name in enumerate(names)}
+    rows[loser] = [*rows[loser], rows[keeper][1]]
+    with pytest.raises(DataError, match=rf"{loser}\.jsonl:4 with the same question as .*{keeper}\.jsonl:2"):
+        loaded(tmp_path, **rows)
+    splits = loaded(tmp_path, options={"overlap": "drop"}, **rows)
+    assert [len(records) for records in splits.by_name().values()] == [3] * 7
+    assert splits.dropped == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_share_of_a_carved_split_is_of_rows_whatever_the_size_of_groups(seed: int, tmp_path: Path) -> None:
+    """Six groups of ten rows and forty of one, so that every share can be met exactly."""
+    rows = [row | {"doc": f"d{index // 10 if index < 60 else index}"} for index, row in enumerate(pairs(100))]
+    shares = {"test_share": 0.2, "valid_share": 0.05, "search_share": 0.1}
+    splits = loaded(tmp_path, seed, options={"group": "doc", **shares}, train=rows)
+    assert [len(split) for split in (splits.test, splits.valid, splits.search, splits.train)] == [20, 5, 10, 65]
+
+
+def test_smallest_group_is_carved_where_none_fits_the_share(tmp_path: Path) -> None:
+    sizes = {"a": 30, "b": 12, "c": 20, "d": 25}
+    rows = [{"prompt": f"{doc} {n}", "completion": "x", "doc": doc} for doc, size in sizes.items() for n in range(size)]
+    shares = {"test_share": 0.05, "valid_share": 0.06, "search_share": 0.07}
+    splits = loaded(tmp_path, options={"group": "doc", **shares}, train=rows)
+    assert [len(split) for split in (splits.test, splits.valid, splits.search, splits.train)] == [12, 20, 25, 30]
+
+
+def test_demo_gives_every_split_only_if_nothing_else_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def rows(sources: Any, config: DataConfig, split: str) -> tuple[Record, ...]:
+        read.append(split)
+        return tuple(Record(kind="text", completion=f"{split} {n}", task="t", id=f"{split}{n}") for n in range(9))
+
+    monkeypatch.setattr(splits, "read_records", rows)
+    for train, expected in ((("demo",), ["train", "search", "valid", "test"]), (("demo", "x.jsonl"), ["train"])):
+        read.clear()
+        load_splits(DataConfig(train=train), 0)
+        assert read == expected

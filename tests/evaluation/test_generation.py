@@ -16,7 +16,7 @@ from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from support.data import subwords
 from support.evaluation import characters, speaker
-from support.models import FAMILIES, tiny
+from support.models import FAMILIES, HYBRIDS, hybrid, tiny
 
 PROMPTS = ["a", "what is it?", "hello", "xy"]
 
@@ -53,6 +53,13 @@ def test_answers_equal_argmax_step_by_step(family: str) -> None:
     assert written(model, PROMPTS) == expected
     assert written(model, PROMPTS, max_tokens=1) == expected
     assert written(model, PROMPTS[::-1])[::-1] == expected
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_answers_of_hybrids_do_not_depend_on_the_batch(family: str) -> None:
+    """Padding on the left would become part of the states that they carry through a sequence."""
+    model = hybrid(family, vocab_size=speaker().config.vocab_size)
+    assert written(model, PROMPTS) == [written(model, [prompt])[0] for prompt in PROMPTS]
 
 
 def test_answer_ends_at_every_known_end() -> None:

@@ -17,7 +17,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import RemovedAttention, cut
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
-from support.models import FAMILIES, random_plan, tiny
+from support.models import FAMILIES, HYBRIDS, hybrid, random_plan, tiny
 
 VOCABULARY = 97
 
@@ -153,6 +153,13 @@ def test_branches_cover_every_choice_by_a_shared_prefix() -> None:
             assert not any(other[: len(branch.tokens)] == branch.tokens for other in others)
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_choices_of_hybrids_equal_full_forward_passes(family: str) -> None:
+    model = hybrid(family)
+    batch = questions(10, count=3)
+    assert_equal(scored(model, batch), [naive(model, question) for question in batch])
+
+
 def test_half_precision_is_scored_in_float32() -> None:
     model = tiny().to(torch.bfloat16)
     batch = questions(6)
@@ -220,3 +227,36 @@ def test_packing_holds_every_token_once_with_little_padding() -> None:
     assert all(len(run) * max(run) <= 8192 for run in runs)
     assert sum(len(run) * max(run) for run in runs) < 1.25 * sum(lengths)
     assert list(batch_by_length([5, 3], int, lambda rows, longest: False)) == [[3], [5]]
+
+
+def test_no_pass_makes_more_logits_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny(), []
+    model.register_forward_hook(lambda _, __, output: made.append(output.logits.numel()))
+    monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 10 * VOCABULARY)
+    scored(model, questions(3, count=12))
+    assert max(made) <= 10 * VOCABULARY
+    assert len(made) < 12 * 8
+    made.clear()
+    examples = [Example(tuple(range(3, 15)), 3 + index % 7) for index in range(30)]
+    with torch.inference_mode():
+        answer_nll(model, examples, pad_id=0, max_tokens=4096, tick=silent)
+    assert max(made) <= 10 * VOCABULARY
+
+
+def test_pass_takes_as_many_tokens_as_are_allowed_and_no_more() -> None:
+    """With the cached prompt's; a single row is run however long it is."""
+    model, passes = tiny(), []
+
+    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        mask = inputs.get("attention_mask")
+        passes.append(tuple((inputs["input_ids"] if mask is None else mask).shape))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    examples = [Example(tuple(range(3, 13)), 4) for _ in range(8)]
+    with torch.inference_mode():
+        answer_nll(model, examples, pad_id=0, max_tokens=40, tick=silent)
+    assert passes == [(4, 10)] * 2
+    passes.clear()
+    same = [TokenizedQuestion((3, 4, 5, 6, 7, 8), ((9, 10, 11), (12, 13, 14), (15, 16, 17))) for _ in range(4)]
+    scored(model, same, max_tokens=24)
+    assert passes == [(4, 6)] + [(3, 8)] * 4

@@ -125,3 +125,19 @@ def test_holm_keeps_the_order_and_never_lowers() -> None:
         adjusted = holm(list(values))
         assert all(after >= before for before, after in zip(values, adjusted, strict=True))
         assert [adjusted[index] for index in np.argsort(values)] == sorted(adjusted)
+
+
+def test_p_value_of_a_randomisation_is_never_zero() -> None:
+    """The split that was seen is one of those that could have been: the least value is one of all resamples."""
+    rng = np.random.default_rng(5)
+    better = rng.random(40) * 0.1
+    comparison = compare_paired(task(better + 0.8, "rouge_l"), task(better, "rouge_l"), "rouge_l")
+    assert comparison.p_value == pytest.approx(1 / 10_000)
+
+
+def test_answers_right_or_wrong_are_tested_by_mcnemar_and_graded_ones_by_randomisation() -> None:
+    first, second = np.repeat([0.0, 1.0, 1.0], [9, 2, 20]), np.repeat([1.0, 0.0, 1.0], [9, 2, 20])
+    counted = compare_paired(task(first, "accuracy"), task(second, "accuracy"), "accuracy")
+    assert (counted.test, counted.p_value) == ("McNemar", mcnemar(9, 2))
+    graded = compare_paired(task(first * 0.5, "rouge_l"), task(second, "rouge_l"), "rouge_l")
+    assert graded.test == "randomisation"

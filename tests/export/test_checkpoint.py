@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, SelfCheckFailed
 from prunetune.export import stock_config
-from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.checkpoint import add_old_rope_keys, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from support.data import subwords
@@ -53,6 +55,22 @@ def test_checkpoint_equals_gated_model_in_a_fresh_process(family: str, layout: s
     assert written.needs_code == (layout == "per-layer")
     assert Plan.load(tmp_path / "model" / "plan.json") == plan
     assert "rope_theta" in (tmp_path / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_head_of_its_own_is_written_as_such_though_the_configuration_said_tied(layout: str, tmp_path: Path) -> None:
+    dense = tiny()
+    dense.config.tie_word_embeddings = True
+    dense.save_pretrained(tmp_path / "dense")
+    subwords().save_pretrained(tmp_path / "dense")
+    head = load_file(tmp_path / "dense" / "model.safetensors")["lm_head.weight"]
+    model = load_model_and_tokenizer(str(tmp_path / "dense"), device=torch.device("cpu"), dtype=torch.float32).model
+    plan = uniform_plan(model, 0.6)
+    sites = find_sites(model)
+    cut(model, plan)
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout=layout, card="")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(written.folder / "model.safetensors")["lm_head.weight"], head)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
@@ -184,3 +202,18 @@ def test_end_token_is_added_to_eos_tokens_of_generation_config(known: Any, layou
     unchanged, chat = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("unchanged", "chat"))
     assert unchanged == model.generation_config.eos_token_id == known
     assert chat == ([9, 5] if known == [9, 5] else [2, 5])
+
+
+def test_old_readers_find_their_rope_keys(tmp_path: Path) -> None:
+    """transformers 4 reads `rope_theta` and `rope_scaling`; without them it takes a theta of 10,000, unscaled."""
+    file = tmp_path / "config.json"
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    for rope, scaling in ((scaled, scaled), ({"rope_type": "default"}, None), ({}, None)):
+        file.write_text(json.dumps({"hidden_size": 8, "rope_parameters": {**rope, "rope_theta": 5e4}}))
+        add_old_rope_keys(file)
+        values = json.loads(file.read_text())
+        assert (values["rope_theta"], values["rope_scaling"]) == (5e4, scaling)
+        assert (values["hidden_size"], values["rope_parameters"]) == (8, {**rope, "rope_theta": 5e4})
+    file.write_text(json.dumps({"hidden_size": 8}))  # a model with learned positions
+    add_old_rope_keys(file)
+    assert json.loads(file.read_text()) == {"hidden_size": 8}

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from prunetune import cut, export_run, find_sites
 from prunetune.cli import app
 from prunetune.errors import ModelError, PlanError, RunFolderError
-from prunetune.export import checksums, convert
+from prunetune.export import convert
 from prunetune.export.checkpoint import write_checkpoint
-from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums, write_checksums
 from prunetune.utils.failures import explain_failure
-from prunetune.utils.files import atomic_folder
+from prunetune.utils.files import atomic_folder, sha256
 from support.data import subwords
 from support.export import run_folder
 from support.models import random_plan, tiny
@@ -88,10 +88,10 @@ def test_source_refuses_a_missing_or_altered_shard(tmp_path: Path, monkeypatch: 
     assert len(shards) > 1
     (tmp_path / "missing" / shards[1]).unlink()
     with pytest.raises(ModelError, match=f"{shards[1]} is missing"):
-        ExportSource.open(tmp_path / "missing", trust_remote_code=True)
+        ExportSource.open(tmp_path / "missing")
     flip(tmp_path / "altered" / shards[1])
     with pytest.raises(ModelError, match=f"{shards[1]} is not what was written"):
-        ExportSource.open(tmp_path / "altered", trust_remote_code=True)
+        ExportSource.open(tmp_path / "altered")
 
 
 def test_export_refuses_a_plan_of_another_model(run: Path) -> None:
@@ -184,7 +184,10 @@ def test_atomic_folder_is_complete_or_absent(tmp_path: Path) -> None:
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "sub" / "file").write_text("a")
     write_checksums(tmp_path / "folder")
-    assert checksums._read_digests(tmp_path / "folder" / CHECKSUM_FILE).keys() == {"sub/file"}
+    assert (tmp_path / "folder" / CHECKSUM_FILE).read_text().split() == [
+        sha256(tmp_path / "folder" / "sub" / "file"),
+        "sub/file",
+    ]
 
 
 @pytest.mark.parametrize(

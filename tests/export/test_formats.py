@@ -13,11 +13,9 @@ from transformers import AutoModelForCausalLM
 from prunetune import Plan, export_run
 from prunetune.errors import ConfigError, ModelError, PlanError, SelfCheckFailed
 from prunetune.export import convert
-from prunetune.export.checksums import verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
 from prunetune.export.selfcheck import SelfCheck, compute_logits
-from prunetune.export.source import ExportSource
-from prunetune.model.loading import load_config
+from prunetune.model.checksums import verify_checksums, write_checksums
 from support.data import subwords
 from support.export import WIDE, run_folder
 from support.models import random_plan, relative, tiny
@@ -32,7 +30,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_export_rewrites_the_same_layout_in_another_dtype(layout: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), layout=layout)
-    result = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"), trust_remote_code=True)
+    result = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"))
     assert result.path == run / f"model-{layout}-bf16"
     assert {tensor.dtype for tensor in load_file(result.path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((result.path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -97,15 +95,6 @@ def test_export_refuses_unknown_formats_dtypes_and_folders(tmp_path: Path) -> No
         export_run(run, "per-layer")
     with pytest.raises(ModelError, match=r"no run folder .* and no model folder"):
         export_run(tmp_path, "uniform")
-
-
-def test_per_layer_folder_outside_a_run_needs_trust_remote_code(tmp_path: Path) -> None:
-    run, _ = run_folder(tmp_path / "run", subwords())
-    with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):
-        ExportSource.open(run / "model")
-    with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):  # eval, check, bench
-        load_config(str(run / "model"))
-    assert ExportSource.open(run / "model", trust_remote_code=True).layout == "per-layer"
 
 
 def change_weights(run: Path) -> None:

@@ -191,3 +191,9 @@ def test_read_license_of_unreadable_base_is_empty(tmp_path: Path, monkeypatch: p
     (tmp_path / "torn.gguf").write_bytes(b"GGUF")
     for name in ("demo", str(tmp_path / "torn.gguf"), str(tmp_path / "none"), "owner/never-fetched", "not a name !"):
         assert read_license(name) == LicenseInfo()
+
+
+def test_card_names_all_versions_that_a_run_was_made_with() -> None:
+    environments = [{"versions": {"torch": "1.0"}, "commit": "aa"}, {"versions": {"torch": "2.0"}}]
+    text = card_of(manifest={**MANIFEST, "environments": environments})
+    assert "- made with torch 1.0; prunetune at commit `aa`\n- resumed with torch 2.0\n" in text

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
 from prunetune.export.streamed_cut import StreamedModel, cut_streamed
-from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
+from prunetune.model.loading import load_empty_model, open_safetensors
 from prunetune.pruning.cut import cut
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
@@ -57,7 +57,7 @@ def test_cut_streamed_writes_the_files_of_the_whole_cut(
 
     streamed = StreamedModel(
         load_empty_model(str(tmp_path / "dense")),
-        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        open_safetensors(str(tmp_path / "dense")),
         scale_up_projection,
     )
     assert streamed.stored.has_all(name for name, _ in streamed.model.named_parameters())
@@ -81,7 +81,7 @@ def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     streamed = StreamedModel(
         load_empty_model(str(tmp_path / "dense")),
-        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        open_safetensors(str(tmp_path / "dense")),
         scale_up_projection,
     )
     layers, loaded_layers = streamed.model.model.layers, []
@@ -101,7 +101,7 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
     plan, sites = random_plan(dense), tuple(find_sites(dense))
     streamed = StreamedModel(
         load_empty_model(str(tmp_path / "dense")),
-        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        open_safetensors(str(tmp_path / "dense")),
         scale_up_projection,
     )
     (tmp_path / "shards").mkdir()
@@ -118,8 +118,8 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
 def test_reader_leaves_out_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
     """`has_all` is false if tensors have other names than the class, or if files cannot be read."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
-    model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))
+    model, stored = load_empty_model(str(tmp_path / "dense")), open_safetensors(str(tmp_path / "dense"))
     assert not stored.has_all(name for name, _ in model.named_parameters())
     for file in (tmp_path / "dense").glob("*.safetensors"):
         file.write_bytes(b"torn")
-    assert SafetensorsReader.from_model(str(tmp_path / "dense")).files == {}
+    assert open_safetensors(str(tmp_path / "dense")).files == {}

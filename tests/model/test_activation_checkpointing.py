@@ -136,4 +136,4 @@ def test_checkpointing_keeps_less_and_restores_the_model() -> None:
 def test_uses_checkpointing_by_recipe(checkpointing: str, quantize: str, expected: bool) -> None:
     config = config_of(checkpointing, quantize=quantize)
     assert uses_checkpointing(config) is expected
-    assert build_passes(tiny(), find_sites(tiny()), 0, config).recompute is expected
+    assert build_passes(tiny(), find_sites(tiny()), 0, config).size.recompute is expected

@@ -47,6 +47,21 @@ def test_broken_gguf_file_is_refused(content: bytes, tmp_path: Path, monkeypatch
         gguf_import.dequantize_gguf(tmp_path / "torn.gguf")
 
 
+def test_every_error_of_the_reader_is_one_line_and_lack_of_memory_stays_what_it_is(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (OverflowError("too large"), AttributeError("none"), AssertionError()):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, error=error, **__: fail(error))
+        with pytest.raises(ModelError, match=f"cannot be read as GGUF: .*{type(error).__name__ if str(error) else ''}"):
+            gguf_import.dequantize_gguf(file)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: fail(MemoryError()))
+    with pytest.raises(MemoryError):
+        gguf_import.dequantize_gguf(file)
+
+
 def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.17 reads Gemma's tokenizer in this way."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: subwords())

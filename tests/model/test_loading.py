@@ -13,19 +13,48 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from prunetune.errors import ModelError
-from prunetune.model.loading import load_config, load_meta_model, load_model_and_tokenizer, resolve_model_path
+from prunetune.model.loading import (
+    load_config,
+    load_empty_model,
+    load_meta_model,
+    load_model_and_tokenizer,
+    load_tokenizer,
+    open_safetensors,
+    resolve_model_path,
+    weight_files,
+)
+from support.evaluation import characters
 from support.suites import model_folder
+
+ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and must be 1 or more"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
-        ({"hidden_size": -4}, "negative dimension"),
+        ({"hidden_size": -4}, "hidden_size is -4, and must be 1 or more"),
         ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, and must be 1 or more"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000 in config.json, and the files hold"),
+        ({"vocab_size": None}, "Field 'vocab_size' expected int, got NoneType"),
+        (
+            {"vocab_size": 90},
+            "has shape [259, 48] in the files, [90, 48] in config.json (vocab_size)",
+        ),
+        ({"pad_token_id": 5000}, "Padding_idx must be within num_embeddings"),
+        ({"dtype": "auto"}, "dtype is 'auto', and must be one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype is 'int8', and must be one of"),
+        ({"dtype": ["float32"]}, "dtype is ['float32'], and must be one of"),
+        ({"model_type": ["llama"]}, "model_type is ['llama'], and must be the name of an architecture"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
+        ({"attn_implementation": "owner/kernel"}, "asks for attention code of the hub (owner/kernel)"),
+        ({"text_config": 5}, "text_config is 5, and must be a configuration"),
+        ({"text_config": {}}, "text_config does not belong to 'llama'"),
     ],
 )
 def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -37,6 +66,186 @@ def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], m
     assert message in str(refused.value)
     assert "config.json" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{", "[" * 10**5, '{"vocab_size": ' + "9" * 5000 + "}"])
+def test_configuration_that_is_no_object_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"^model \S*: config\.json cannot be read: [^\n]*$"):
+        load_meta_model(str(folder))
+
+
+def without_table(folder: Path, **changes: Any) -> str:
+    """The folder's tokenizer.json with other values."""
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return str(folder)
+
+
+NO_SUCH_TOKEN = {
+    "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<q>", "type_id": 0}}], "pair": [],
+    "special_tokens": {},
+}  # fmt: skip
+BAD_REGEX = {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("changes", [{"pre_tokenizer": BAD_REGEX}, {"model": None}, {"post_processor": NO_SUCH_TOKEN}])
+def test_broken_tokenizer_is_refused_in_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The last of them makes the tokenizer's library panic, which is no `Exception`."""
+    folder = model_folder(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"^model \S*: no tokenizer found: [^\n]*; save tokenizer\.json"):
+        load_tokenizer(without_table(folder, **changes))
+    (folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(ModelError, match="no tokenizer found"):
+        load_tokenizer(str(folder))
+
+
+def test_pickle_that_pytorch_refuses_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": tmp_path}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"^model \S*: cannot be loaded: [^\n]*$"):
+        load_model_and_tokenizer(str(folder), **ON_CPU)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "bitsandbytes", ""])
+def test_quantised_checkpoint_is_refused_before_it_is_opened(method: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": method} if method else {"load_in_4bit": True}
+    for changes in ({"quantization_config": quantised}, {"text_config": {"quantization_config": quantised}}):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ModelError, match=f"quantised by {method or 'bitsandbytes'} .*: name the unquantised model"):
+            load_meta_model(str(folder))
+
+
+def test_quantised_weights_without_a_word_in_the_configuration_are_refused(tmp_path: Path) -> None:
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    with pytest.raises(ModelError, match=r"quantised \(model\.layers\.0\.mlp\.up_proj\.weight is F8_E4M3\)"):
+        load_meta_model(spoiled(tmp_path / "model", quantise))
+
+
+def test_dequantised_checkpoint_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    """transformers dequantises FP8 to bfloat16, where no GPU multiplies it; mixed dtypes fail at the first pass."""
+    folder = model_folder(tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=16)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        blocks = torch.Size(size // 32 for size in tensors[name].shape)
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(blocks)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    model = load_model_and_tokenizer(str(folder), **ON_CPU).model
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+TEXT = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION, "image_token_index": 96},
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+        "image_token_index": 96,
+    },
+    "gemma3": {
+        "text_config": TEXT | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+        "vision_config": VISION | {"vision_use_head": False},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 96,
+    },
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_multimodal_model_is_refused_and_its_text_part_opens(wrapper: str, tmp_path: Path) -> None:
+    """The script in the docs makes a model of the text part with the same logits."""
+    source, target = tmp_path / "whole", tmp_path / "text"
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[wrapper](**WRAPPERS[wrapper])).eval()
+    whole.save_pretrained(source)
+    characters().save_pretrained(source)
+    with pytest.raises(ModelError, match=f"'{wrapper}' is a multimodal model, .*: save its language model by itself"):
+        load_meta_model(str(source))
+    page = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text()
+    script = page[page.index("from transformers import") : page.index("```\n\nQuantised")]
+    exec(script.replace("google/gemma-3-4b-it", str(source)).replace("gemma-3-4b-text", str(target)))
+    text = load_model_and_tokenizer(str(target), **ON_CPU).model
+    assert load_meta_model(str(target)).config.model_type == whole.config.get_text_config().model_type
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(text(ids).logits, whole(input_ids=ids).logits)
+
+
+def test_other_kinds_of_models_are_refused_with_what_they_are(tmp_path: Path) -> None:
+    small = {"num_layers": 1, "num_decoder_layers": 1, "d_model": 16, "d_kv": 8, "d_ff": 16, "vocab_size": 20}
+    for model_type, values, message in (
+        ("t5", small, "'t5' has an encoder"),
+        ("vit", VISION, "'vit' is no causal language model"),
+        ("qwen2_vl", {}, "multimodal model, .* which cannot be pruned either"),
+    ):
+        CONFIG_MAPPING[model_type](**values).save_pretrained(tmp_path / model_type)
+        with pytest.raises(ModelError, match=message):
+            load_meta_model(str(tmp_path / model_type))
+
+
+def test_folders_that_hold_no_model_say_what_they_hold(tmp_path: Path) -> None:
+    adapter = model_folder(tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    layered = model_folder(tmp_path / "layered")
+    config = json.loads((layered / "config.json").read_text())
+    (layered / "config.json").write_text(json.dumps(config | {"model_type": "pruned_llama", "per_layer_config": {}}))
+    for name, message in (
+        ("adapter", r"an adapter of owner/base \(adapter_config\.json\): merge it first"),
+        ("run", r"the folder is a run; name its model, \S*run/model"),
+        ("layered", "a result of layout per-layer cannot be pruned again: name the dense model"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_meta_model(str(tmp_path / name))
+
+
+def test_left_over_weight_files_are_not_read(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file = folder / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, folder / "old.safetensors")
+    assert weight_files(str(folder)) == [file]
+    name = "model.norm.weight"
+    assert torch.equal(open_safetensors(str(folder)).tensor(name), load_file(file)[name])
+    file.rename(folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / "part.safetensors"), "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_files(str(folder)) == [folder / "part.safetensors"]
+    read = load_model_and_tokenizer(str(folder), **ON_CPU).model.model.norm.weight
+    assert torch.equal(read, open_safetensors(str(folder)).tensor(name))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_configuration_says_whether_the_head_is_tied_as_the_files_do(own: bool, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding + own
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for model in (
+        load_meta_model(str(folder)),
+        load_empty_model(str(folder)),
+        load_model_and_tokenizer(str(folder), **ON_CPU).model,
+    ):
+        assert model.config.tie_word_embeddings is not own
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own
 
 
 def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:

@@ -127,7 +127,7 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
         assert manifest.timings["tune and prune"] > 0
         assert manifest.gain.limits[0].is_met
         assert ExportSource.open(folder.path).run == folder.path
-        assert resolve_checkpoint(str(folder.path), trust_remote_code=False) == (str(folder.model_folder), True)
+        assert resolve_checkpoint(str(folder.path)) == str(folder.model_folder)
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
@@ -147,7 +147,7 @@ def test_run_folder_holds_files_that_sizes_share(done: Path) -> None:
 def test_commands_take_the_folder_of_a_size(done: Path) -> None:
     folders = [str(of(done, keep)) for keep in (0.8, 0.5)]
     with pytest.raises(ModelError, match="several sizes; name one of") as refused:
-        resolve_checkpoint(str(done), trust_remote_code=False)
+        resolve_checkpoint(str(done))
     assert all(name in str(refused.value) for name in folders)
     with pytest.raises(ModelError, match="several sizes: export one of") as refused:
         ExportSource.open(done)

@@ -140,7 +140,7 @@ def weights_of_linears(model: Any) -> list[Any]:
 
 @needs_nf4
 def test_merged_model_that_differs_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "round_linears_to_nf4", lambda *_, **__: None)  # merged into weights never tuned on
+    monkeypatch.setattr(finish, "round_to_nf4", lambda _, weight, **__: weight)  # merged into weights never tuned on
     monkeypatch.setattr(nf4_check, "MAX_LOGIT_ERROR", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
         run(config_of(workspace, tmp_path / "run"))
@@ -178,7 +178,7 @@ def test_layer_by_layer_cut_equals_the_cut_in_memory(
     changes: dict[str, Any] = {"dtype": dtype, "lora": {"quantize": quantize}}
     once = run(config_of(workspace, tmp_path / "once", **changes))
     monkeypatch.setattr(finish, "LARGE_MODEL_PARAMS", 0)
-    monkeypatch.setattr(finish, "merge_adapters", None)  # of whole models
+    monkeypatch.setattr(finish, "cut", None)  # of whole models
     streamed = run(config_of(workspace, tmp_path / "layers", **changes))
     expected, written = tensors_of(once / "model"), tensors_of(streamed / "model")
     assert expected.keys() == written.keys()

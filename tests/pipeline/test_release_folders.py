@@ -1,4 +1,4 @@
-"""Folders made by version 0.1.0 open with every command, and its interrupted run resumes.
+"""Folders made by version 0.1.0 open with every command, and its interrupted run is refused.
 
 The fixture is what `fixtures/make_release_fixture.py` made at commit 03ca826: `run` and `interrupted` of one recipe,
 `second` of less budget (without its model), `comparison`; pages and states that no command needs are left out.
@@ -19,13 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fixtures.make_release_fixture import machine, sha256
+from fixtures.make_release_fixture import sha256
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "release-0.1.0"
 EXPECTED: dict[str, Any] = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
-# Of weights on another machine or torch: by instruction set (ATen's default, AVX2, MKL's compatible ones) they differed
-# by 2.5e-7 at most on the fixture's machine, and a weights_rate that is 1% off moves one by 1.3e-5.
-TOLERANCE = 3e-6
 ON_CPU = ("--device", "cpu", "--dtype", "float32")
 IN_SUITE = ("--suite", "suite.yaml", *ON_CPU, "--no-cache")
 IN_COMPARISON = ("recipe.yaml", "--train.steps", "6", "--out", "comparison", "--resume")
@@ -42,24 +39,6 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     yield folder
     assert not list(folder.rglob("*.partial"))
-
-
-def is_same_machine() -> bool:
-    """Whether this machine computes the same sums as the fixture's, to the bit."""
-    present = (torch.__version__, machine(), torch.get_num_threads())
-    return present == (EXPECTED["torch"], EXPECTED["machine"], EXPECTED["threads"])
-
-
-def assert_same_result(run: Path) -> None:
-    """The plan and the weights of the fixture's run: to the byte on the same machine and torch."""
-    assert (run / "plan.json").read_bytes() == (FIXTURE / "run" / "plan.json").read_bytes()
-    if is_same_machine():
-        assert sha256(run / "model" / "model.safetensors") == EXPECTED["sha256"]["run/model/model.safetensors"]
-        return
-    weights, before = (load_file(folder / "model" / "model.safetensors") for folder in (run, FIXTURE / "run"))
-    assert weights.keys() == before.keys()
-    for name, weight in weights.items():
-        assert torch.allclose(weight, before[name], rtol=0, atol=TOLERANCE), name
 
 
 def test_fixture_equals_files_of_0_1_0() -> None:
@@ -177,14 +156,16 @@ def test_finished_run_of_0_1_0_resumes_to_itself(say: Said, release: Path, caplo
     assert len(lines) == 3  # dense, tuned and pruned scores counted the ends of answers
 
 
-def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_uninterrupted_one(say: Said, release: Path) -> None:
-    code, _, _ = say("run", "recipe.yaml", "--out", "interrupted", "--resume")
-    assert code == 0
-    assert_same_result(release / "interrupted")
+def test_interrupted_run_of_0_1_0_is_refused_and_can_be_finished_there(say: Said, release: Path) -> None:
+    code, out, err = say("run", "recipe.yaml", "--out", "interrupted", "--resume")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("prunetune: the run was begun by version 0.1, ")
+    assert "Traceback" not in err
+    names = [file.relative_to(FIXTURE) for file in (FIXTURE / "interrupted" / "checkpoints").rglob("*.*")]
+    for name in (*names, Path("interrupted", "config.yaml")):
+        assert (release / name).read_bytes() == (FIXTURE / name).read_bytes()
     lines = (release / "interrupted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
-    before = (FIXTURE / "interrupted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert lines[:9] == before[:9]  # up to its checkpoint they are its own
+    assert lines == (FIXTURE / "interrupted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:9]
 
 
 # -- a comparison ----------------------------------------------------------------------------------------------------

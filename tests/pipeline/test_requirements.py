@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from prunetune.bench.interleaved import run_interleaved
 from prunetune.bench.models import context_length
@@ -13,9 +18,14 @@ from prunetune.bench.result import BenchedModel, summarise_bench
 from prunetune.bench.runner_protocol import BenchSample, WorkEstimate
 from prunetune.bench.tile_alignment import misaligned_widths
 from prunetune.config.recipe import RequireConfig, from_mapping
-from prunetune.pipeline.requirements import gain_bench_options, judge_gain
+from prunetune.manifest import GainFacts
+from prunetune.pipeline import requirements
+from prunetune.pipeline.prepare import RunContext
+from prunetune.pipeline.requirements import gain_bench_options, judge_gain, measure_gain
 from prunetune.plan import Plan
 from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan
+from prunetune.runs.folder import RunFolder
+from prunetune.utils.console import SilentConsole
 from support.bench import ScriptedRunner, facts
 from support.suites import model_folder
 
@@ -136,3 +146,45 @@ def test_short_context_shortens_the_prompt(tmp_path_factory: pytest.TempPathFact
     assert longer.prompt + longer.generate == context
     short = gain_bench_options(from_mapping({"model": str(folder), "require": {"prompt": 3, "generate": 2}}))
     assert (short.prompt, short.generate) == (3, 2)
+
+
+def test_missed_size_says_how_much_cannot_be_pruned_and_counts_layers_without_parameters() -> None:
+    none = replace(site(3, "mlp", 10), unit_params=0)
+    plan = plan_of(8, 900, 2, 256)
+    plan = Plan({**plan.kept, none.name: ()}, {**plan.units, none.name: 10})
+    dense, pruned = models()
+    dense = replace(dense, facts=facts(40_320))  # of which 20,160 are the sites'
+    facts_of_gain = judge_gain(dense, pruned, RequireConfig(smaller=0.99), plan, (*SITES, none))
+    says = facts_of_gain.limits[0].explanation
+    assert says is not None
+    assert "; 50% (embeddings, head, norms) cannot be" in says
+    assert "layer 0 (90%), layer 7 (26%), layer 3 (0%)" in says
+
+
+def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[list[str]] = []
+
+    def measure(names: list[str], options: BenchOptions) -> Any:
+        timed.append(names)
+        return SimpleNamespace(models=models(), to_dict=lambda: {"names": names})
+
+    gains: dict[str, GainFacts] = {}
+    monkeypatch.setattr(requirements.gc, "collect", lambda: 0)  # seconds in a process that has run other tests
+    monkeypatch.setattr(requirements, "measure_in_process", measure)
+    monkeypatch.setattr(requirements, "gain_bench_options", lambda config: BenchOptions())
+    monkeypatch.setattr(RunFolder, "update_manifest", lambda self, gain: gains.update({self.path.name: gain}))
+    folders = [RunFolder(tmp_path / name) for name in ("large", "small")]
+    for folder in folders:
+        folder.path.mkdir()
+        folder.plan_file.write_text(plan_of(4, 512, 2, 256).to_json())
+    context = SimpleNamespace(
+        console=SilentConsole(),
+        device=torch.device("cpu"),
+        sites=SITES,
+        config=from_mapping({"require": {"faster": 2}}),
+    )
+    measure_gain(folders[0], folders, cast("RunContext", context))
+    assert timed == [[str(folder.path)] for folder in folders]
+    assert set(gains) == {"large", "small"}
+    assert [limit.is_met for limit in gains["small"].limits] == [True]
+    assert json.loads(folders[0].bench_file.read_text()) == [{"names": names} for names in timed]

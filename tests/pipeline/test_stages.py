@@ -455,6 +455,28 @@ def test_distance_to_the_teacher_is_recorded(workspace: Path, tmp_path: Path) ->
     assert records[-1]["distance"] > 0
 
 
+def test_run_that_starts_from_its_teacher_is_scored_as_it_before_a_step_and_resumes(
+    workspace: Path, tmp_path: Path
+) -> None:
+    limits = {"limits": ["valid.nll <= 9x -> stop"], "validate": {"limit": 64}}
+    changes = {"train": {"start": "teacher"}, "lora": {"dropout": 0, "dense_rank": 2}, **limits}
+    config = config_of(workspace, tmp_path / "run", **changes)
+    folder = run(config)
+    tuned = json.loads((folder / "validation.jsonl").read_text().splitlines()[0])["valid.nll"]
+    untuned = run(config_of(workspace, tmp_path / "base", **merge_mappings(changes, {"train": {"start": "base"}})))
+    assert tuned < json.loads((untuned / "validation.jsonl").read_text().splitlines()[0])["valid.nll"]
+    expected = results(folder)
+    shutil.rmtree(folder / "model")
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(checkpoint)
+    assert results(run(config, resume=True)) == expected
+
+
+def test_start_from_a_teacher_that_is_not_tuned_is_refused(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapters of a dense teacher"):
+        run(config_of(workspace, tmp_path / "run", train={"start": "teacher"}, distill={"teacher": "base"}))
+
+
 @pytest.mark.parametrize("template", ["auto", "raw"])
 def test_model_tuned_on_chats_stops_at_the_end_of_a_turn(template: str, tmp_path: Path) -> None:
     tokenizer, model = subwords(), speaker(vocab_size=len(subwords()))

@@ -14,7 +14,7 @@ from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.train.adapters import (
     adapter_norms,
     cut_tensors,
-    expand_adapter_tensors,
+    expand_tensors,
     trainable_parameters,
 )
 from support.models import ALL_FAMILIES, random_plan, relative, tiny, tokens, with_lora
@@ -54,7 +54,7 @@ def test_cut_adapters_expand_to_the_dense_shape_again(family: str) -> None:
     cut_linears(model, plan)
     assert set(small) == set(trainable_parameters(model))
     assert all(torch.equal(weight, small[name]) for name, weight in trainable_parameters(model).items())
-    grown = expand_adapter_tensors(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
+    grown = expand_tensors(tiny(family), small, plan, sites)
     again = cut_tensors(model, grown, plan, sites)
     assert all(torch.equal(again[name], weight) for name, weight in small.items())
 

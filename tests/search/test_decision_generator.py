@@ -19,7 +19,7 @@ from prunetune.search.decision_generator import (
     EncoderLayer,
     orthogonal_vectors,
 )
-from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through
+from prunetune.search.searcher import gumbel_sigmoid, round_straight_through
 from support.models import tiny
 
 

@@ -138,17 +138,23 @@ def test_several_budgets_hold_together(name: str) -> None:
 
 @every_model
 def test_no_further_block_fits_under_a_memory_budget(name: str) -> None:
-    sites, _, constraints = geometry(name)
+    """A block more takes two bytes for each of its weights, and for 4096 keys and values of 64 requests."""
+    sites, anatomy, constraints = geometry(name)
     budget = budget_at("memory", name, 0.4, WorkloadConfig(batch=64, context=4096))
     limited = with_limits(constraints, sites, [budget], 1.0)
     plan = select(scores_of(sites, 1), sites, limits_of(limited).feasible_keep, limited)
-    counts = plan.widths()
-    spent = budget.cost(counts)
+    spent = budget.cost(plan.widths())
+    assert spent <= budget.limit
     for site in sites:
-        block = min(constraints.align if site.kind is UnitKind.MLP_CHANNEL else 1, site.units - counts[site.name])
-        more = budget.cost({**counts, site.name: counts[site.name] + block})
-        assert not block or more > budget.limit
-        assert more >= spent
+        is_mlp = site.kind is UnitKind.MLP_CHANNEL
+        block = min(constraints.align if is_mlp else 1, site.units - len(plan.kept[site.name]))
+        layer = anatomy.layers[site.layer]
+        tokens = min(4096, layer.sliding_window or 4096)
+        cached = 0 if is_mlp else 2 * 64 * tokens * layer.head_dim
+        more = 2 * block * (site.unit_params + cached)
+        assert not block or spent + more > budget.limit
+        wider = plan.widths() | {site.name: len(plan.kept[site.name]) + block}
+        assert budget.cost(wider) == pytest.approx(spent + more)
 
 
 def test_uniform_plan_meets_budgets_too() -> None:

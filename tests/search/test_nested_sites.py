@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +14,15 @@ from prunetune.cost.parameters import kept_share, prunable_params
 from prunetune.errors import ConfigError, PlanError
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.plan import Plan
+from prunetune.pruning.cut import cut
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site, UnitKind, effective_gates, kept_params
-from prunetune.search.nested_sites import NestedSites
-from prunetune.search.plan_rules import block_size, default_align, min_width
+from prunetune.search.plan_rules import default_align
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import min_feasible_keep, select
 from support.models import tiny
-from support.nested import FAMILIES, both_layouts, constraints_for, every_family, random_scores, sites_of
+from support.nested import ALIGN, FAMILIES, both_layouts, constraints_for, every_family, random_scores, sites_of
 
 
 def cases(family: str, layout: str, count: int = 12, **bounds: Any) -> Iterator[tuple[tuple[Site, ...], float, Plan]]:
@@ -52,50 +53,67 @@ def test_plan_is_on_budget_nested_and_survives_json(family: str, layout: str) ->
         assert Plan.from_json(plan.to_json()) == plan
 
 
+def least_width(site: Site) -> int:
+    """Units of each group in a block, head or expert that is opened: a block or layer is opened empty."""
+    if site.kind.is_channel:
+        return ALIGN
+    return 0 if site.kind.is_whole_block else max(site.min_units_per_group, int(site.kind is UnitKind.QUERY_HEAD))
+
+
+def wider(plan: Plan, sites: tuple[Site, ...], wanted: Collection[str]) -> Plan:
+    """The plan with one block more in every open group of the wanted sites.
+
+    New units hold as many units of the sites inside them as others do, or the least where there are no others.
+    """
+    by_name, widths, kept = {site.name: site for site in sites}, widths_of(plan, sites), dict(plan.kept)
+    for site in sites:  # outer ones first
+        block = (ALIGN if site.kind.is_channel else 1) if site.name in wanted else 0
+        count = min((widths[site.name] if plan.kept[site.name] else 0) + block, site.units_per_group)
+        parent, kept_before, units = by_name.get(site.parent), set(plan.kept[site.name]), []
+        for group in site.open_parent_groups(kept[parent.name] if parent else None, parent.units if parent else 1):
+            numbers = range(group * site.units_per_group, (group + 1) * site.units_per_group)
+            ranked = sorted(numbers, key=lambda unit: unit not in kept_before)
+            units += ranked[: count or (0 if parent and plan.kept[parent.name] else least_width(site))]
+        kept[site.name] = tuple(sorted(units))
+    return Plan(kept, plan.units)
+
+
 @every_family
 def test_no_further_block_fits(family: str) -> None:
     """No site can be one block wider, and no pruned block or layer fits at its least width."""
-    constraints = constraints_for("per-layer")
     for sites, keep, plan in cases(family, "per-layer"):
-        nested_sites, widths = NestedSites(sites), widths_of(plan, sites)
-        # A pruned block or layer would keep its least widths if it were added.
-        widths_if_added = {site.name: widths[site.name] or min_width(site, constraints) for site in sites}
-        for site in sites:
-            widths_if_added[site.name] = (
-                widths[site.name] if site.kind.is_whole_block or plan.kept[site.name] else widths_if_added[site.name]
-            )
         params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
-            left = site.units_per_group - widths_if_added[site.name]
-            block = min(block_size(site, constraints), left)
-            price = (
-                block
-                * nested_sites.open_parent_groups(site, widths_if_added)
-                * nested_sites.params_with_children(site, widths_if_added)
-            )
-            assert not block or not price or price > params_left, site.name
+            layer = tuple(other for other in sites if other.layer == site.layer)
+            more = wider(plan, layer, {site.name})
+            assert more == plan or kept_params(layer, more) - kept_params(layer, plan) > params_left, site.name
+
+
+def test_plan_keeps_the_parameters_of_the_model_that_it_leaves() -> None:
+    """So the parameters of a wider plan are those of a real model."""
+    for family in ("qwen3", "mixtral"):
+        model = tiny(family, layers=5, groups=3, ratio=3, hidden_size=72)
+        for sites, _, plan in list(cases(family, "per-layer", count=3))[1:]:
+            plans = [plan, wider(plan, sites, {sites[0].name, sites[-1].name})]
+            removed = [params_of(model) - params_of(cut(copy.deepcopy(model), one, sites=sites)) for one in plans]
+            assert removed == [prunable_params(sites) - kept_params(sites, one) for one in plans]
+
+
+def params_of(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @every_family
 def test_uniform_layers_are_equal_and_no_wider_block_fits(family: str) -> None:
-    constraints = constraints_for("uniform")
-    for sites, keep, plan in cases(family, "uniform"):
-        widths, nested_sites = widths_of(plan, sites), NestedSites(sites)
+    for sites, keep, plan in cases(family, "uniform", count=8):
+        widths = widths_of(plan, sites)
         kept_layers = {site.layer for site in sites if site.kind is UnitKind.LAYER and plan.kept[site.name]}
         shapes = {(site.kind, widths[site.name]) for site in sites if site.layer in kept_layers}
         assert len(shapes) == len({site.kind for site in sites})
-        width_by_kind = dict(shapes)
-        params_left = keep * prunable_params(sites) - kept_params(sites, plan)
-        for site in (site for site in sites if site.layer == 0 and site.kind is not UnitKind.LAYER):
-            block = min(block_size(site, constraints), site.units_per_group - width_by_kind[site.kind])
-            width_by_site = {other.name: width_by_kind[other.kind] for other in sites}
-            price = (
-                block
-                * nested_sites.open_parent_groups(site, width_by_site)
-                * nested_sites.params_with_children(site, width_by_site)
-                * len(kept_layers)
-            )
-            assert not block or price > params_left, site.name
+        for kind in {site.kind for site in sites} - {UnitKind.LAYER}:
+            alike = {site.name for site in sites if site.kind is kind and site.layer in kept_layers}
+            more = wider(plan, sites, alike)
+            assert more == plan or kept_params(sites, more) > keep * prunable_params(sites), kind
 
 
 @both_layouts

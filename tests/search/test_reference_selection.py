@@ -106,11 +106,10 @@ class ReferenceSearch:
         nested_sites.ranked_scores = {site.name: self.ranked(site).double() for site in self.sites}
         nested_sites.ranked_units = {name: torch.tensor(groups) + first[name] for name, groups in self.order.items()}
         scored = UniformPlanner(nested_sites, constraints)
-        fitting = scored.fits(target, tracker.fits)
-        chosen = max(
-            fitting, key=lambda counts: (scored.weighted_score(counts, fitting[counts][1]), fitting[counts][0])
+        fitting = scored.shapes_within(target, tracker.fits)
+        return scored.widths_by_site(
+            max(fitting, key=lambda shape: (scored.weighted_score(shape), scored.total_params(shape)))
         )
-        return scored.widths_by_site(chosen, fitting[chosen][1])
 
     def plan(self, keep: float, constraints: PlanConstraints) -> Plan:
         """The plan that `select` should return."""

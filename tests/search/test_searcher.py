@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from prunetune.config.recipe import from_mapping
+from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
@@ -91,3 +94,16 @@ def test_final_plan_is_within_the_budget_and_ignores_noise() -> None:
     larger = searcher.final_decision().plan
     assert larger is not None
     assert kept_params(SITES, larger) > kept_params(SITES, plan)
+
+
+def test_budget_loss_under_limits_pulls_to_their_share_of_prices() -> None:
+    """The share of parameters that may be kept is another one."""
+    prices = {site.name: 1.0 + index for index, site in enumerate(SITES)}
+    limits = BudgetLimits((), feasible_keep=KEEP, feasible_price_share=0.3, prices=prices)
+    config = from_mapping({"budget": {"keep": KEEP}})
+    searcher = Searcher(SITES, PlanConstraints(align=8, limits=limits), config, torch.device("cpu"))
+    loss = searcher.budget_loss({site.name: torch.ones(site.units) for site in SITES})
+    assert float(loss) == pytest.approx(math.log(1 / 0.3), rel=1e-5)
+    searcher.allowed_keep = (1 + KEEP) / 2  # half way to the limits
+    loss = searcher.budget_loss({site.name: torch.ones(site.units) for site in SITES})
+    assert float(loss) == pytest.approx(math.log(1 / 0.65), rel=1e-5)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from prunetune.cost.budget_limits import BudgetLimit, BudgetLimits
+from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
@@ -272,3 +276,44 @@ def test_select_returns_a_plan_of_the_model() -> None:
     plan = select(random_scores(sites, 0), sites, 0.6, constraints_for("llama", "per-layer"))
     assert isinstance(plan, Plan)
     assert plan.units == {site.name: site.units for site in sites}
+
+
+@dataclass(frozen=True)
+class TiledCost:
+    """MLP channels, and 20 more in a layer whose number does not fill tiles of 16."""
+
+    dense_shape: ModelShape
+    fixed_cost: float = 0.0
+
+    def layer_cost(self, layer: int, counts: Mapping[str, int]) -> float:
+        mlp = next(site for site in self.dense_shape.layers[layer].sites if site.kind is UnitKind.MLP_CHANNEL)
+        return counts[mlp.name] + (20 if counts[mlp.name] % 16 else 0)
+
+
+def test_block_that_a_limit_refuses_is_added_with_the_next_if_both_fit() -> None:
+    """Eight channels more cost 28, the next eight cost less than nothing: 80 are within the limit and 72 are not."""
+    model = tiny()
+    sites = find_sites(model)
+    cost = TiledCost(model_shape(model, sites))
+    dense = 3 * 96.0
+    limits = BudgetLimits((BudgetLimit("latency", (cost,), 3 * 80.0, dense),))
+    scores = {site.name: torch.arange(site.units, dtype=torch.float32) for site in sites}
+    plan = select(scores, sites, 0.0, PlanConstraints("per-layer", 8, limits=limits))
+    widths = [len(plan.kept[site.name]) for site in sites if site.kind is UnitKind.MLP_CHANNEL]
+    assert sum(widths) == 3 * 80
+    assert all(width % 16 == 0 for width in widths)
+    assert all(len(plan.kept[site.name]) == site.units for site in sites if site.kind is UnitKind.KV_GROUP)
+
+
+def test_infeasible_keep_is_refused_with_the_least_that_is_accepted() -> None:
+    """In three digits."""
+    for name in GEOMETRIES:
+        sites, align, _ = geometry(name)
+        for min_share in (0.0, 0.7, 0.93):
+            constraints, scores = PlanConstraints("per-layer", align, min_share=min_share), random_scores(sites, 0)
+            with pytest.raises(PlanError, match=r"is below what is feasible \([01]\.\d{3}\)") as refused:
+                select(scores, sites, 0.001, constraints)
+            least = float(str(refused.value).partition("feasible (")[2][:5])
+            assert kept_params(sites, select(scores, sites, least, constraints)) <= least * prunable_params(sites)
+            with pytest.raises(PlanError):
+                select(scores, sites, least - 0.001, constraints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan, kept_params
-from prunetune.search.plan_rules import PlanConstraints, block_size
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_feasible_keep, select
 
 RATIO = 4  # query heads in a group
@@ -63,10 +64,11 @@ def test_every_width_is_divisible_by_the_devices(devices: int, align: int, layou
 
 @pytest.mark.parametrize(("devices", "align"), [(2, 32), (4, 32), (4, 6)])
 def test_no_further_block_of_all_devices_fits(devices: int, align: int) -> None:
-    for sites, constraints, keep, plan in cases(devices, "per-layer", align):
+    blocks = {UnitKind.MLP_CHANNEL: math.lcm(align, devices), UnitKind.KV_GROUP: devices}
+    for sites, _, keep, plan in cases(devices, "per-layer", align):
         params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
-            block = min(block_size(site, constraints), site.units - len(plan.kept[site.name]))
+            block = min(blocks[site.kind], site.units - len(plan.kept[site.name]))
             assert not block or block * site.unit_params > params_left
 
 

@@ -31,7 +31,7 @@ from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckp
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints, distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
 from prunetune.train.parallel.sharding import shard_layers
-from prunetune.train.passes import PackedPasses
+from prunetune.train.passes import PackedPasses, PassSize
 from prunetune.train.step_guard import StepGuard
 from prunetune.train.teacher import Teacher
 from support.loop import config_of, job_of
@@ -114,10 +114,10 @@ class FailingPasses:
     """Passes whose memory runs out above 16 tokens, on rank 1 alone."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.micro_tokens = ranks, 64
+        self.ranks, self.size = ranks, PassSize(64, recompute=False)
 
     def score(self, examples: Sequence[Example], gates: Any) -> float:
-        if self.ranks.rank == 1 and self.micro_tokens > 16:
+        if self.ranks.rank == 1 and self.size.micro_tokens > 16:
             raise torch.OutOfMemoryError("full")
         return 1.0
 
@@ -130,7 +130,7 @@ def micro_tokens_after_retry(ranks: Ranks) -> int:
     passes: Any = distribute_passes(FailingPasses(ranks), None, ranks)  # type: ignore[arg-type]
     guard = StepGuard(passes, 0)
     guard.retry_smaller([Example((1, 2), 1)], lambda: passes.score((), {}), lambda: None)
-    return int(ranks.broadcast_from_main(guard.passes.micro_tokens))
+    return int(ranks.broadcast_from_main(guard.passes.size.micro_tokens))
 
 
 def waits_at_barrier(ranks: Ranks, folder: Path) -> bool:

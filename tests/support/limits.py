@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from prunetune.config.fields import merge_mappings
@@ -24,6 +23,7 @@ from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from prunetune.train.schedule import build_schedule
+from prunetune.train.teacher import resolve_auto
 from prunetune.train.validation import RolledBack
 from support.loop import RecordingObserver, examples
 from support.models import tiny
@@ -123,9 +123,11 @@ def job_of(
     config: RunConfig, observer: RecordingObserver, store: CheckpointStore, monitor: FakeMonitor | None
 ) -> TrainingJob:
     model = tiny().requires_grad_(False)
+    sites = find_sites(model)
+    config = resolve_auto(config, sites)
     return TrainingJob(
         model=model,
-        sites=find_sites(model),
+        sites=sites,
         constraints=PlanConstraints(config.layout, config.budget.align),
         train_stream=BatchStream(examples(), config.train.batch_size, 1),
         search_stream=BatchStream(examples(seed=1), config.search.batch_size, 2),
@@ -135,6 +137,5 @@ def job_of(
         schedule=build_schedule(config),
         checkpoints=store,
         observer=observer,
-        accelerator=Accelerator(cpu=True),
         monitor=monitor,
     )

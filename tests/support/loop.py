@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from prunetune.config.fields import merge_mappings
@@ -17,9 +16,9 @@ from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import DEFAULT_UNITS
+from prunetune.pruning.units import DEFAULT_UNITS, Site
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.train.adapters import add_adapters, expand_tensors, trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore, TrainingState
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule, one_cut_schedule
@@ -93,13 +92,19 @@ def job_of(
         schedule=one_cut_schedule(config) if plan else build_schedule(config),
         checkpoints=store or NullCheckpointStore(),
         observer=RecordingObserver(),
-        accelerator=Accelerator(cpu=True),
         given_plan=plan,
     )
 
 
 def weights_of(job: TrainingJob) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(job.model).items()}
+
+
+def load_into_dense(model: Any, state: TrainingState, sites: Sequence[Site]) -> None:
+    """Put a checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
+    assert state.plan is not None
+    for name, weight in expand_tensors(model, state.tensors["adapters"], state.plan, sites).items():
+        model.get_parameter(name).data = weight
 
 
 def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

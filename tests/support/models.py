@@ -73,6 +73,25 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+LINEAR = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")} | {
+    f"linear_{name}_head_dim": 8 for name in ("key", "value")
+}
+# Models whose layers also carry states through a sequence; none of them can be pruned yet.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 96},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], **LINEAR},
+    "qwen3_next": EXPERTS
+    | {"layer_types": ["full_attention", "linear_attention", "full_attention"], **LINEAR}
+    | {"shared_expert_intermediate_size": 32},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 24, "n_groups": 1},
+}
+
+
+def hybrid(family: str, **changes: Any) -> Any:
+    """A tiny model of one of `HYBRIDS`."""
+    return tiny(family, **(HYBRIDS[family] | changes))
+
+
 def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
     """Random, non-zero adapters on every producer and consumer."""
     torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from prunetune.pruning.units import Site
 from prunetune.search.plan_rules import PlanConstraints
 from support.models import kinds_of, tiny
 
+ALIGN = 8  # channels of a block
 UNIFORM_UNITS = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels")
 
 
@@ -28,7 +29,7 @@ def random_scores(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]
 
 
 def constraints_for(layout: str, **bounds: Any) -> PlanConstraints:
-    return PlanConstraints(layout, 8, **bounds)
+    return PlanConstraints(layout, ALIGN, **bounds)
 
 
 FAMILIES = ("qwen3", "mixtral", "gpt_oss", "gpt2")

@@ -19,14 +19,15 @@ from prunetune.train import weight_trainer
 from prunetune.train.adapters import (
     adapter_norms,
     add_adapters,
+    copy_adapters,
     cut_tensors,
-    expand_adapter_tensors,
+    expand_tensors,
     trainable_parameters,
 )
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import group_lasso
 from support.loop import GENERATOR, AllCheckpoints, config_of, identical, job_of, tuned
-from support.models import random_plan, tiny
+from support.models import random_plan, tiny, with_lora
 
 
 def test_expanding_undoes_cutting_except_for_removed_units() -> None:
@@ -35,7 +36,7 @@ def test_expanding_undoes_cutting_except_for_removed_units() -> None:
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
     small = cut_tensors(model, state, plan, sites)
-    grown = expand_adapter_tensors(small, shapes, plan, sites)
+    grown = expand_tensors(model, small, plan, sites)
     assert identical(cut_tensors(model, grown, plan, sites), small)
     assert {name: tensor.shape for name, tensor in grown.items()} == shapes
     gates = gates_from_plan(plan, sites)
@@ -53,9 +54,8 @@ def test_dense_plan_cuts_no_adapter() -> None:
     model = tuned(tiny())
     sites = find_sites(model)
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
-    shapes = {name: tensor.shape for name, tensor in state.items()}
     assert identical(cut_tensors(model, state, dense_plan(sites), sites), state)
-    assert identical(expand_adapter_tensors(state, shapes, dense_plan(sites), sites), state)
+    assert identical(expand_tensors(model, state, dense_plan(sites), sites), state)
 
 
 def test_new_adapters_change_no_output_and_follow_the_seed() -> None:
@@ -69,6 +69,14 @@ def test_new_adapters_change_no_output_and_follow_the_seed() -> None:
     first, second = trainable_parameters(model), trainable_parameters(other)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(first) == 2 * 7 * 3
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_adapters_that_begin_as_others_give_their_model(rank: int) -> None:
+    tuned_model, model, ids = with_lora(tiny(), rank=4), tiny(), torch.arange(3, 13)[None]
+    add_adapters(model, find_sites(model), config_of({"lora": {"rank": rank}}).lora, seed=5)
+    copy_adapters(model, trainable_parameters(tuned_model))
+    torch.testing.assert_close(model(ids).logits, tuned_model(ids).logits)
 
 
 def test_group_lasso_equals_value_by_hand() -> None:

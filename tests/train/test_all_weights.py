@@ -11,11 +11,11 @@ from prunetune.config.fields import merge_mappings
 from prunetune.cost.parameters import prunable_params
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites, lora_target_modules
-from prunetune.pruning.units import kept_params
-from prunetune.train.adapters import load_into_dense, trains_all_weights
+from prunetune.pruning.units import Site, kept_params
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import learning_rate
-from support.loop import GENERATOR, KEEP, MemoryStore, config_of, job_of, losses, weights_of
+from prunetune.train.teacher import resolve_auto
+from support.loop import GENERATOR, KEEP, MemoryStore, config_of, job_of, load_into_dense, losses, weights_of
 from support.models import tiny
 
 ALL = {"train": {"weights": "all", "weights_rate": 3e-3}}
@@ -62,7 +62,7 @@ def test_expanded_weights_under_gates_equal_the_cut_model(family: str) -> None:
     plan = tune_and_prune(job)
     dense, state = tiny(family), store.latest()
     assert state is not None
-    load_into_dense(dense, state, job.sites, job.config.train)
+    load_into_dense(dense, state, job.sites)
     tokens = torch.tensor([[1, 5, 6, 7, 3]])
     with torch.no_grad(), masked(dense, plan, sites=job.sites):
         expected = dense(tokens).logits
@@ -73,7 +73,10 @@ def test_expanded_weights_under_gates_equal_the_cut_model(family: str) -> None:
 def test_large_models_tune_adapters_unless_weights_is_all() -> None:
     sites = find_sites(tiny("llama"))
     large = tuple(replace(site, unit_params=10**9) for site in sites)
-    train = config_of({"train": {"weights": "auto"}}).train
-    assert (trains_all_weights(train, sites), trains_all_weights(train, large)) == (True, False)
-    assert trains_all_weights(replace(train, weights="all"), large)
-    assert not trains_all_weights(replace(train, weights="adapters"), sites)
+
+    def decided(weights: str, sites: tuple[Site, ...]) -> str:
+        return resolve_auto(config_of({"train": {"weights": weights}}), sites).train.weights
+
+    assert (decided("auto", sites), decided("auto", large)) == ("all", "adapters")
+    assert decided("all", large) == "all"
+    assert decided("adapters", sites) == "adapters"

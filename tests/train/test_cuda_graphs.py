@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -132,9 +131,15 @@ def test_recorders_in_use_have_different_streams(current: FakeStream) -> None:
         recorder_stream = recorder._own
         assert recorder_stream is not None
         assert len({shared.stream.cuda_stream for shared in (*in_use, recorder_stream)}) == STREAM_POOL_SIZE
-        del recorder_stream
-        del recorder
-        gc.collect()
-    full = [*in_use, own_stream(CUDA)]
-    assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
-    assert len(full) == STREAM_POOL_SIZE
+        del recorder_stream, recorder  # nothing else refers to them: their stream is free without a collection
+
+
+def test_recorder_that_finds_no_free_stream_calls_its_function_every_time(current: FakeStream) -> None:
+    in_use = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE)]
+    assert None not in in_use
+    assert own_stream(CUDA) is None
+    recorder, called = CudaGraphRecorder(CUDA), []
+    for _ in range(3):
+        recorder.run("key", called.append, [])
+    assert called == [[]] * 3
+    assert not any(own.stream.waited for own in in_use if own)

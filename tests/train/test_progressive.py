@@ -29,7 +29,7 @@ from prunetune.train.checkpoints import TrainingState, optimizer_tensors
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
-from prunetune.train.schedule import Schedule, build_schedule
+from prunetune.train.schedule import build_schedule
 from prunetune.train.weight_trainer import WeightTrainer
 from support.loop import KEEP, MemoryStore, config_of, identical, job_of, losses, weights_of
 from support.models import tiny
@@ -302,23 +302,11 @@ def test_state_to_branch_off_is_saved_and_changes_nothing() -> None:
 OLD_SCHEDULE = {"search": 4, "settle": 5, "steps": 8, "anneal": 3, "keep": 0.6}
 
 
-def test_run_of_version_010_that_is_cut_is_tuned_on() -> None:
-    whole = run_of_case(CASES[0])
-    state = whole.states[6]
-    old = replace(state, validation_history={**state.validation_history, "schedule": OLD_SCHEDULE})
-    job = replace(job_of_case(CASES[0]), checkpoints=MemoryStore(old))
-    assert tune_and_prune(job) == whole.plan
-    assert identical(weights_of(job), weights_of(whole.job))
-    assert {record["phase"] for record in job.observer.steps} == {"tune"}  # type: ignore[attr-defined]
-    assert Schedule.from_dict(OLD_SCHEDULE) == Schedule(8, (), 0.6)
-
-
-def test_run_of_version_010_that_is_not_cut_is_refused() -> None:
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_run_of_version_010_is_refused(is_cut: bool) -> None:
     state = run_of_case(CASES[0]).states[6]
     history = {**state.validation_history, "schedule": OLD_SCHEDULE}
-    old = replace(state, step=3, is_cut=False, plan=None, validation_history=history)
-    with pytest.raises(
-        RunFolderError, match=r"begun by version 0\.1\.0 and stopped at step 3, .* another --out$"
-    ) as refused:
+    old = replace(state, is_cut=is_cut, plan=state.plan if is_cut else None, validation_history=history)
+    with pytest.raises(RunFolderError, match=r"begun by version 0\.1, .* start anew with --out$") as refused:
         tune_and_prune(replace(job_of_case(CASES[0]), checkpoints=MemoryStore(old)))
     assert "\n" not in str(refused.value)

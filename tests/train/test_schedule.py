@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from prunetune.config.recipe import from_mapping
-from prunetune.train.schedule import Schedule, build_schedule, learning_rate
+from prunetune.train.schedule import Schedule, build_schedule, learning_rate, one_cut_schedule
 
 KEEP = 0.6
 
@@ -108,3 +109,23 @@ def test_schedule_decided_early_makes_no_further_cut() -> None:
     schedule = schedule_of(100).decided_at(7)
     assert not any(schedule.cut_at(step) for step in range(100))
     assert not schedule.decides_after(7)
+
+
+def test_learning_rate_decays_in_the_shape_that_it_names() -> None:
+    def rates(decay: str) -> list[float]:
+        given = {"steps": 40, "decay": decay, "decay_to": 0.2, "warmup": 0.0, "learning_rate": 1.0}
+        train = from_mapping({"train": given}).train
+        return [learning_rate(step, train) for step in (0, 10, 20, 30, 40)]
+
+    assert rates("linear") == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    bend = 0.4 * math.sqrt(0.5)
+    assert rates("cosine") == pytest.approx([1.0, 0.6 + bend, 0.6, 0.6 - bend, 0.2])
+    assert rates("constant") == [1.0] * 5
+
+
+def test_given_plan_is_cut_before_the_first_step() -> None:
+    schedule = one_cut_schedule(from_mapping({"budget": {"keep": KEEP}, "train": {"steps": 3}}))
+    cut = schedule.cut_at(0)
+    assert cut is not None
+    assert schedule.keep_after(cut) == pytest.approx(KEEP)
+    assert [schedule.phase_at(step) for step in range(3)] == ["tune"] * 3

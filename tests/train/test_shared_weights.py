@@ -17,7 +17,7 @@ from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.teacher_student_weights import can_share_weights, unshare_weights
 from prunetune.train import loop
-from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, load_into_dense, trainable_parameters
+from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
@@ -30,6 +30,7 @@ from support.loop import (
     config_of,
     identical,
     job_of,
+    load_into_dense,
     losses,
     weights_of,
 )
@@ -116,7 +117,7 @@ def test_checkpoint_equals_model_in_memory(family: str, weights: str, tmp_path: 
     dense = tiny(family).requires_grad_(False)
     if weights == "adapters":
         add_adapters(dense, job.sites, config.lora, seed=0)
-    load_into_dense(dense, state, job.sites, config.train)
+    load_into_dense(dense, state, job.sites)
     with torch.no_grad():
         logits = job.model(tokens).logits
         with masked(dense, plan, sites=job.sites):

@@ -100,7 +100,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, max_tokens: int, at: int = 1) 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
         count[0] += 1
         result = genuine(self, *arguments)
-        if count[0] >= at and self.micro_tokens > max_tokens:
+        if count[0] >= at and self.size.micro_tokens > max_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
@@ -136,7 +136,7 @@ def test_example_too_large_for_memory_turns_recomputation_on(
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
         result = genuine(self, *arguments)
-        if not self.recompute:
+        if not self.size.recompute:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 

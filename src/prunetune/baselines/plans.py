@@ -37,9 +37,7 @@ def generator(calibration: Calibration) -> Plan:
     for step in range(max(1, round(config.train.steps * search.span))):
         gates = searcher.sample(step)
         gradients = calibration.gate_gradients(step, {name: gate.detach() for name, gate in gates.items()})
-        # The gradient of this product at the gates is the model's, and flows on into the generator.
-        loss = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
-        (loss + search.ratio_weight * searcher.budget_loss(gates)).backward()  # type: ignore[no-untyped-call]
+        searcher.backward(gates, gradients)
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -65,9 +63,7 @@ def evolution(calibration: Calibration) -> Plan:
     if calibration.constraints.layout == "uniform":
         return parent
     order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
-    ranks = torch.empty(len(order))
-    ranks[order] = 1 - (torch.arange(len(order)) + 0.5) / len(order)  # in (0, 1), all different
-    by_site = split_like(scores, ranks)
+    by_site = split_like(scores, 1 - (order.argsort() + 0.5) / len(order))  # ranks in (0, 1), all different
     rng = random.Random(derive_seed(calibration.seed, "baseline evolution"))  # noqa: S311
     for generation in range(GENERATIONS):
         candidates = [_mutate(parent, by_site, calibration, rng) for _ in range(OFFSPRING)]

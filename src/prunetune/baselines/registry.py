@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from prunetune.config.recipe import RunConfig
-from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.data.batches import Batch
 from prunetune.errors import ConfigError
 from prunetune.plan import Plan
@@ -46,18 +45,14 @@ class Calibration:
         return self.config.seed
 
     @property
-    def limits(self) -> BudgetLimits | None:
-        """Budgets other than a share of the parameters."""
-        return self.constraints.limits
-
-    @property
     def num_batches(self) -> int:
         """Batches of `gate_gradients` that a method measures on: search.init_batches."""
         return self.config.search.init_batches or DEFAULT_BATCHES
 
     def unit_price(self, site: Site) -> float:
         """What a unit of this site and all that it contains take of the budget: parameters, or prices under limits."""
-        prices = self.limits.prices_with_children if self.limits else None
+        limits = self.constraints.limits
+        prices = limits.prices_with_children if limits else None
         return prices[site.name] if prices else site.total_unit_params
 
     def select(self, scores: Scores) -> Plan:

@@ -7,7 +7,7 @@ H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,8 +66,7 @@ def wanda_sp(calibration: Calibration) -> Scores:
         columns = weight.float().abs().sum(0).double().cpu() * moments.norm  # [C]
         units = columns.view(site.units, -1).sum(1)
         order = torch.argsort(units, descending=True, stable=True)  # of equal units, the lower index ranks higher
-        scores[site.name] = torch.empty(site.units)
-        scores[site.name][order] = 1 - (torch.arange(site.units) + 0.5) / site.units
+        scores[site.name] = 1 - (order.argsort() + 0.5) / site.units
     return scores
 
 
@@ -116,13 +115,25 @@ def taylor(calibration: Calibration) -> Scores:
 
     Gradients of all prunable weights are held at a time, in float32: 28 GB for 7e9 of them.
     """
-    sums: dict[str, Tensor] = {}
-    weights = {site.name: unit_weights(calibration.model, site) for site in calibration.sites}
+    model, sums = calibration.model, dict[str, Tensor]()
+    weights = {site.name: unit_weights(model, site) for site in calibration.sites}
     parameters = [weight.parameter for own in weights.values() for weight in own]
-    gradients = iter(_loss_gradients(calibration, parameters))
+    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    labels = sum(batch.target_tokens for batch in calibration.batches)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for batch in calibration.batches:
+            of_batch = torch.autograd.grad(_loss_sum(model, batch) / labels, parameters)
+            for total, gradient in zip(gradients, of_batch, strict=True):
+                total += gradient.float()
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)  # as the method was given them
+    remaining = iter(gradients)
     for site in calibration.sites:
         products = [
-            weight.sum_per_unit((next(gradients) * weight.parameter.detach().float()).abs())
+            weight.sum_per_unit((next(remaining) * weight.parameter.detach().float()).abs())
             for weight in weights[site.name]
         ]
         sums[site.name] = sum(products, torch.zeros(site.units).double())
@@ -244,24 +255,6 @@ def _per_price(sums: Mapping[str, Tensor], calibration: Calibration) -> Scores:
         if parent is not None and not parent.kind.is_whole_block:  # a whole block's sum has all its weights already
             totals[parent.name] = totals[parent.name] + sums[site.name].view(parent.units, -1).sum(1)
     return {name: (total / calibration.unit_price(sites[name])).float() for name, total in totals.items()}
-
-
-def _loss_gradients(calibration: Calibration, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the mean loss of all labels, summed in float32; `requires_grad` is restored afterwards."""
-    labels = sum(batch.target_tokens for batch in calibration.batches)
-    required = [parameter.requires_grad for parameter in parameters]
-    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for batch in calibration.batches:
-            loss = _loss_sum(calibration.model, batch) / labels
-            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
-                total += gradient.float()
-    finally:
-        for parameter, value in zip(parameters, required, strict=True):
-            parameter.requires_grad_(value)
-    return sums
 
 
 def _output_gradient_grams(calibration: Calibration, modules: Iterable[str]) -> dict[str, Tensor]:

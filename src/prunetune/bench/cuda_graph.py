@@ -39,6 +39,8 @@ class CudaGraphStep:
         return self.out
 
     def _capture(self, token: Tensor, cache: Any) -> None:
+        if any(hasattr(layer, "conv_states") for layer in cache.layers):  # which warm-ups would advance
+            raise ModelError("this model's step cannot be recorded (it carries states besides keys); run it eagerly")
         self.graph = self.out = None  # frees the memory of the last graph
         self.cache, self.token = cache, token.clone()
         lengths = [layer.cumulative_length for layer in cache.layers]

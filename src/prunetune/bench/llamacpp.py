@@ -17,6 +17,7 @@ from prunetune.bench.runner_protocol import BenchSample, ModelFacts, WorkEstimat
 from prunetune.errors import ModelError
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.llamacpp import start_server
+from prunetune.utils.failures import reading_model_files
 from prunetune.utils.optional import import_optional
 
 CPU = torch.device("cpu")  # the package is built for it
@@ -124,7 +125,5 @@ def _describe(file: Path) -> tuple[int, int, str]:
 def _reader(file: Path) -> Any:
     from gguf import GGUFReader
 
-    try:
+    with reading_model_files(f"model {file}: cannot be read as GGUF", "check the file or fetch it again"):
         return GGUFReader(file)
-    except (ValueError, IndexError, OSError) as broken:
-        raise ModelError(f"model {file}: cannot be read as GGUF: {broken}; check the file") from broken

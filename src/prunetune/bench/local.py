@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,7 +21,8 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner_protocol import BenchSample, ModelFacts, OutOfMemory, WorkEstimate
 from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.errors import ModelError
-from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype
+from prunetune.model.checksums import verify_checksums
+from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype, weight_files
 from prunetune.utils import environment
 
 
@@ -34,7 +36,6 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 KERNELS = ("flash", "efficient", "cudnn")
 ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention"): _attention_flops for name in KERNELS}
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first pattern that matches files in a folder
 
 
 class LocalRunner:
@@ -46,7 +47,8 @@ class LocalRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.dtype = pick_dtype(options.dtype, self.device)
-        import_module("transformers.modeling_utils")  # importing it is not counted as loading
+        import_module("transformers.modeling_utils")  # importing it is not counted as loading, nor are checksums
+        verify_checksums(Path(model.source))
         self.baseline_bytes = clock.current_bytes(self.device) if clock.reset_peak_memory(self.device) else 0
         start = clock.synchronized_time(self.device)
         with _raise_out_of_memory(f"the weights of {model.label}"):
@@ -55,6 +57,16 @@ class LocalRunner:
             ).model
         self.load_s = clock.synchronized_time(self.device) - start
         self.prefill, self.step = self.model, self.model
+        arguments = inspect.signature(self.model.forward).parameters
+        if "past_key_values" not in arguments:  # state-space models
+            if "cache_params" not in arguments or options.record or options.compile:
+                raise ModelError(
+                    f"model {model.label}: transformers passes its states in a way that is not timed here; leave out "
+                    "--compile and --record, or name another"
+                )
+            self.prefill = self.step = lambda tokens, *, past_key_values, **others: self.model(
+                tokens, cache_params=past_key_values, **others
+            )
         self.static_caches: dict[int, Any] = {}  # by batch size, of the last one
         if options.record:
             self.step = CudaGraphStep(self.model)
@@ -145,28 +157,26 @@ def weight_bytes(source: str) -> int:
     path = Path(source)
     if path.is_file():
         return path.stat().st_size
-    if not path.is_dir():
-        from transformers.utils import cached_file
-
-        path = Path(cached_file(source, "config.json")).parent
-    sizes_by_pattern = [[file.stat().st_size for file in path.glob(pattern)] for pattern in WEIGHTS]
-    return next((sum(sizes) for sizes in sizes_by_pattern if sizes), 0)
+    files = weight_files(source) or (list(path.glob("pytorch_model*.bin")) if path.is_dir() else [])
+    return sum(file.stat().st_size for file in files)
 
 
 def decode_bytes(model: Any, cache: Any) -> float | None:
     """Bytes that a decode step reads: the cache, and all weights but an embedding table that is not also the head.
 
-    None for mixtures, where a step reads only some experts.
+    None for mixtures, where a step reads only some experts, and for a cache that has no layers to count.
     """
     names = [name for name, _ in model.named_parameters()]
-    if any(".experts." in name for name in names):
+    if any(".experts." in name for name in names) or not hasattr(cache, "layers"):
         return None
     weights = sum(weight.nbytes for weight in model.parameters())
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not table.weight:
         weights -= table.weight.nbytes
-    cached = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-    return float(weights + sum(tensor.nbytes for tensor in cached if tensor is not None))  # None: no attention left
+    # Keys and values; hybrids hold states of convolutions and recurrences, in dicts.
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    flat = [tensor for value in held for tensor in (value.values() if isinstance(value, dict) else [value])]
+    return float(weights + sum(state.nbytes for state in flat if isinstance(state, Tensor)))
 
 
 @contextmanager

@@ -48,8 +48,8 @@ def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
     if path.suffix == ".gguf":
         import_optional("xllamacpp", extra="llamacpp", use=f"model {check_gguf_file(path)}")
         return ModelSpec(str(path), str(path), llama_cpp=True)
-    source, trust = resolve_checkpoint(name, trust_remote_code=options.trust_remote_code)
-    return ModelSpec(name, resolve_model_path(source), trust_remote_code=trust)
+    source = resolve_model_path(resolve_checkpoint(name))
+    return ModelSpec(name, source, trust_remote_code=options.trust_remote_code)
 
 
 def _dense_models(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:

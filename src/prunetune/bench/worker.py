@@ -46,7 +46,7 @@ class Worker:
         self.label = model.label
         self.pipe, their_pipe = Pipe()
         self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", START, str(their_pipe.fileno()), *sys.path],
+            [sys.executable, "-P", "-c", START, str(their_pipe.fileno()), *sys.path],
             pass_fds=(their_pipe.fileno(),), stdin=subprocess.DEVNULL,
         )  # fmt: skip
         their_pipe.close()  # so that the pipe closes when the process ends

@@ -139,7 +139,8 @@ class CellRunner:
             return nullcontext()
         if not hasattr(self.thread_local, "own_stream"):
             self.thread_local.own_stream = own_stream(device)
-        return torch.cuda.stream(self.thread_local.own_stream.stream)
+        own = self.thread_local.own_stream
+        return nullcontext() if own is None else torch.cuda.stream(own.stream)
 
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
@@ -169,7 +170,9 @@ class CellRunner:
             facts = {"help": describe_help(context, None), "train_seconds": tuned.seconds, "teacher_seconds": 0.0}
             return copy.deepcopy(tuned.model), tuned.plan, facts | {"curve": tuned.curve}
         make_teacher, teacher_seconds = self._teacher_factory(cell, context.config.distill)
-        model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
+        starts_tuned = context.config.train.start == "teacher" and teacher_seconds > 0
+        start = self.tuned_dense(cell.seed, self.dense_learning_rate).model if starts_tuned else self.model
+        model, monitor, started = copy.deepcopy(start), CellMonitor(self), time.monotonic()
         teacher = make_teacher(model)
         make = partial(make_job, context, model, NullCheckpointStore(), monitor, teacher=teacher)
         plan = tune_and_prune(make(plan=self._plan(cell, context, make)))

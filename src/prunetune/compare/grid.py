@@ -93,7 +93,9 @@ class CellStore:
             return None
         try:
             result: JsonObject = parse_json(read_text(file))
-            same = with_current_names(RunConfig, result["changes"], quiet=True) == cell_header(cell)["changes"]
+            header = cell_header(cell)
+            same = with_current_names(RunConfig, result["changes"], quiet=True) == header["changes"]
+            numbers = {name: result[name] for name in ("keep", "seed", "learning_rate")}
         except (ValueError, KeyError, TypeError) as error:
             problem = f"{file} cannot be read ({shorten(repr(error))}): remove it, then continue with --resume"
             raise RunFolderError(problem) from error
@@ -101,6 +103,8 @@ class CellStore:
             raise RunFolderError(
                 f"{file} was made by another variant of the same name: rename the variant, or name another --out"
             )
+        if any(header[name] != value for name, value in numbers.items()):
+            raise RunFolderError(f"{file} was made with {numbers}: name the same numbers, or another --out")
         return result
 
     def is_done(self, cell: Cell, *, needs_valid_nll: bool) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
-from prunetune import report
 from prunetune.compare import charts, markdown
 from prunetune.compare.methods import DENSE
 from prunetune.manifest import Manifest
 from prunetune.report import formatting
+from prunetune.report.page import template_environment
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.untrusted import parse_json, printable, read_text
@@ -32,13 +30,8 @@ def write_page(folder: Path) -> Path:
 
 def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: str) -> str:
     """The page as HTML text."""
-    folders = [Path(__file__).parent, *map(Path, report.__path__)]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    environment = template_environment(Path(__file__).parent)
     environment.filters |= {
-        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
         "signed": markdown.format_signed, "difference": markdown.format_difference,
         "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
         "seeds": markdown.format_seeds, "significance": significance_class,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
-from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, prepare
+from prunetune.pipeline.prepare import Console, RunContext, prepare
+from prunetune.pipeline.recording import record_origin
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock
 from prunetune.search.select import select
 from prunetune.train.cuda_graphs import CAPTURE_LOCK
@@ -73,11 +74,11 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         _validate_before_start(context, methods, grid)
         context.folder.path.mkdir(parents=True, exist_ok=True)
         with run_lock(context.folder):
-            (context.folder.path / "cells").mkdir(exist_ok=True)
+            # First: with it, the folder can be resumed.
             write_text(context.folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
-            facts = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
-            context.folder.update_manifest(**facts, **data_and_model_facts(context))
-            cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path), facts["commit"]).run()
+            (context.folder.path / "cells").mkdir(exist_ok=True)
+            record_origin(context, command)
+            cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()
     return _write_results(context, cells, rates)
 
 
@@ -118,7 +119,7 @@ class _Comparison:
     methods: Sequence[Method]
     grid: Grid
     store: CellStore
-    commit: str  # of prunetune, "" where it is not known
+    commit: str = field(default_factory=environment.installed_commit)
 
     def run(self) -> tuple[list[Cell], dict[str, float]]:
         """Run all cells; returns those that belong in the table, and each method's learning rate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +152,7 @@ class BudgetConfig:
                 f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
                 "before: list them in that order, each once"
             )
+        check_distinct_names("budget.keep", self.keeps)
 
     def amounts(self) -> dict[str, Amount]:
         """The budgets of other kinds than `keep` that are given; raises `ConfigError` for what is no amount."""
@@ -286,6 +287,20 @@ class CompareConfig:
     split: Literal["test", "valid"] = option("test", "The split that is scored.")
     variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.")
     jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
+
+    def __post_init__(self) -> None:
+        check_distinct_names("compare.keeps", self.keeps)
+        check_distinct_names("compare.learning_rates", self.learning_rates)
+
+
+def check_distinct_names(option_name: str, values: Sequence[float]) -> None:
+    """Raise `ConfigError` for two numbers that are the same in six digits, by which their files are named."""
+    for first, second in itertools.combinations(dict.fromkeys(values), 2):
+        if f"{first:g}" == f"{second:g}":
+            raise ConfigError(
+                f"{option_name} names {first!r} and {second!r}, which are both {first:g} in six digits and would share "
+                "files of that name: leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

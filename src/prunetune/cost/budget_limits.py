@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from prunetune.config.quantities import Amount, format_amount
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.deployment import Cost, Costs, FlopsCost, MemoryCost, WeightsCost, max_cost
-from prunetune.cost.latency_table import LatencyTable, latency_costs
+from prunetune.cost.latency_table import LatencyCost, LatencyTable, latency_costs
 from prunetune.cost.layer_shapes import ModelShape, UnitCounts
 
 TIMED_BUDGETS = ("latency", "throughput")  # these need a latency table
@@ -60,6 +60,11 @@ class BudgetLimit:
     limit: float  # on the cost; of a throughput, on the seconds of a batch
     dense_cost: float
     batch_tokens: float = 0.0  # tokens generated for a batch of requests, if the kind is "throughput"
+
+    @property
+    def latency_table(self) -> LatencyTable | None:
+        """The measured times that it is based on, if it is a limit on time."""
+        return next((cost.table for cost in self.costs if isinstance(cost, LatencyCost)), None)
 
     @property
     def is_met_by_dense(self) -> bool:

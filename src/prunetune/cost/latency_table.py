@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -23,8 +24,9 @@ from prunetune.pruning.units import UnitKind
 from prunetune.utils.untrusted import parse_json, read_text, short_repr, shorten
 
 FORMAT = "prunetune-latency-1"
-PHASES = ("prefill", "decode")
-TRACKS = tuple(f"{phase}.{processor}" for phase in PHASES for processor in ("host", "device"))
+PHASES, PROCESSORS = ("prefill", "decode"), ("host", "device")
+TRACKS = tuple(f"{phase}.{processor}" for phase in PHASES for processor in PROCESSORS)
+REMEDY = "leave budget.table out, and one is measured"
 LatencyCurve = tuple[tuple[int, float], ...]  # (units, seconds more than in the dense layer), units ascending
 
 
@@ -68,22 +70,45 @@ class LatencyTable:
         table = {"format": FORMAT, "header": dict(self.header), "rest": dict(self.outside_layers), "layers": layers}
         return json.dumps(table, indent=1)
 
+    @property
+    def impossible_time(self) -> str:
+        """A time that is negative, not finite, or zero for a whole phase: "decode.device -0.01 s"; "" if there is none.
+
+        A busy machine gives such times, since those of layers and widths are differences of measured ones.
+        """
+        for track in TRACKS:
+            layers = self.layers[track].values()
+            for seconds in (self.outside_layers[track], *(timing.dense for timing in layers)):
+                if not 0 <= seconds < math.inf:
+                    return f"{track} {seconds:.3g} s"
+            differences = (seconds for timing in layers for _, seconds in (*timing.attention, *timing.mlp))
+            if not all(map(math.isfinite, differences)):
+                return f"{track} nan s"
+        for phase in PHASES:
+            tracks = [f"{phase}.{processor}" for processor in PROCESSORS]
+            if not any(
+                self.outside_layers[track] or any(t.dense for t in self.layers[track].values()) for track in tracks
+            ):
+                return f"{phase} 0 s"
+        return ""
+
     @classmethod
-    def from_json(cls, text: str, where: str) -> LatencyTable:
-        """Read what `to_json` wrote; raises `ConfigError` on anything else."""
+    def from_json(cls, text: str, where: str, remedy: str = REMEDY) -> LatencyTable:
+        """Read what `to_json` wrote; raises `ConfigError` on anything else, and on times that cannot be."""
         try:
-            data: Any = parse_json(text)
+            data: Any = parse_json(text, nan=True)
             if data["format"] != FORMAT:
                 raise ValueError(f"format {short_repr(data['format'])}, and this version reads {FORMAT}")
             layers = {
                 track: {int(index): _layer_timing(values) for index, values in data["layers"][track].items()}
                 for track in TRACKS
             }
-            return cls(dict(data["header"]), {track: float(data["rest"][track]) for track in TRACKS}, layers)
-        except (ValueError, KeyError, TypeError, AttributeError) as broken:
-            raise ConfigError(
-                f"{where}: not a latency table ({shorten(str(broken))}); leave budget.table out, and one is measured"
-            ) from broken
+            table = cls(dict(data["header"]), {track: float(data["rest"][track]) for track in TRACKS}, layers)
+            if table.impossible_time:
+                raise ValueError(f"it says {table.impossible_time}, which cannot be")
+            return table
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as broken:
+            raise ConfigError(f"{where}: not a latency table ({shorten(str(broken))}); {remedy}") from broken
 
     @classmethod
     def load(cls, path: Path, header: Mapping[str, Any]) -> LatencyTable:
@@ -91,18 +116,18 @@ class LatencyTable:
         try:
             text = read_text(path)
         except (OSError, ValueError) as missing:
-            raise ConfigError(
-                f"budget.table {path}: cannot be read ({missing}); leave budget.table out, and one is measured"
-            ) from missing
+            raise ConfigError(f"budget.table {path}: cannot be read ({missing}); {REMEDY}") from missing
         table = cls.from_json(text, f"budget.table {path}")
-        for name, expected in header.items():
-            actual = table.header.get(name)
-            if actual != expected:
-                raise ConfigError(
-                    f"budget.table {path} was measured with {name} {short_repr(actual)}, and here it is {expected!r}: "
-                    "leave budget.table out, and one is measured here"
-                )
+        if difference := table.difference_from(header):
+            raise ConfigError(f"budget.table {path} was measured with {difference}: {REMEDY} here")
         return table
+
+    def difference_from(self, header: Mapping[str, Any]) -> str:
+        """The first entry in which its header differs from this one, in words; "" where all are equal."""
+        for name, expected in header.items():
+            if (actual := self.header.get(name)) != expected:
+                return f"{name} {short_repr(actual)}, and here it is {expected!r}"
+        return ""
 
 
 def _layer_timing(values: Mapping[str, Any]) -> LayerTiming:

@@ -5,6 +5,7 @@ Shapes: B examples of a batch, T tokens of the longest one.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -162,13 +163,10 @@ class BatchStream:
 
     def _epoch_at(self, position: int) -> int:
         """The last epoch that starts at or before a position, by bisection, since epochs differ in length."""
-        low, high = 0, 1
+        high = 1
         while self._appearances_before(high) <= position:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._appearances_before(middle) <= position else (low, middle)
-        return low
+            high *= 2
+        return bisect.bisect_right(range(high), position, lo=high // 2, key=self._appearances_before) - 1
 
     def _generator(self, purpose: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()

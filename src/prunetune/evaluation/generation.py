@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from prunetune.data.encoding import chat_stop_id
 from prunetune.evaluation.batching import MAX_LOGITS_PER_PASS, OnItemsDone, batch_by_length, left_pad
-from prunetune.evaluation.scoring_mode import vocab_size
+from prunetune.evaluation.scoring_mode import has_plain_cache, vocab_size
 
 
 def generate(
@@ -26,19 +26,22 @@ def generate(
 ) -> list[str]:
     """Generate the greedy answer to each prompt, in the order given, without special tokens; white space is kept.
 
-    Answers to `chats` end where the chat template ends a turn, too, so no pass mixes these with others.
+    Answers to `chats` end where the chat template ends a turn, too, so no pass mixes these with others. A model that
+    carries states through a sequence gets prompts of one length a pass, as padding would become part of them.
     """
     texts = [""] * len(prompts)
     vocabulary = vocab_size(model)
-    for chat in sorted(set(chats)):
+    can_pad = has_plain_cache(model)
+    kinds = [(chat, 0 if can_pad else len(prompt)) for chat, prompt in zip(chats, prompts, strict=True)]
+    for kind in sorted(set(kinds)):
         groups = batch_by_length(
-            [index for index, is_chat in enumerate(chats) if is_chat == chat],
+            [index for index, other in enumerate(kinds) if other == kind],
             lambda index: len(prompts[index]),
             lambda rows, width: (
                 rows * (width + max_new_tokens) <= max_tokens and rows * vocabulary <= MAX_LOGITS_PER_PASS
             ),
         )
-        with greedy_decoding(model, tokenizer, pad_id, max_new_tokens, chat=chat) as settings:
+        with greedy_decoding(model, tokenizer, pad_id, max_new_tokens, chat=kind[0]) as settings:
             for group in groups:
                 batch = left_pad([prompts[index] for index in group], pad_id, model.device)
                 ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings)

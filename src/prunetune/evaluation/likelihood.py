@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from prunetune.evaluation.batching import (
     left_pad,
     position_ids_from_mask,
 )
-from prunetune.evaluation.scoring_mode import vocab_size
+from prunetune.evaluation.scoring_mode import has_plain_cache, vocab_size
 from prunetune.model.lm_head import select_head_inputs
 
 Tokens = tuple[int, ...]
@@ -50,8 +51,15 @@ def choice_loglikelihoods(
 ) -> list[list[float]]:
     """Mean log-likelihood per token (nats) of every choice after its prompt, in the order given.
 
-    Every prompt is run once: its last logits score the first token of all choices, its KV cache the rest.
+    Every prompt is run once: its last logits score the first token of all choices, its KV cache the rest. Where a cache
+    holds more than keys and values, each choice is run with its prompt.
     """
+    if not has_plain_cache(model):
+        pairs = [(question.prompt, choice) for question in questions for choice in question.choices]
+        examples = [Example(prompt + choice, len(prompt)) for prompt, choice in pairs]
+        scores = iter(answer_nll(model, examples, pad_id=pad_id, max_tokens=max_tokens, tick=lambda _: None))
+        tick(len(questions))
+        return [[-nats / tokens for nats, tokens in islice(scores, len(question.choices))] for question in questions]
     means: list[list[float]] = [[] for _ in questions]
     vocabulary = vocab_size(model)
     for group in batch_by_length(

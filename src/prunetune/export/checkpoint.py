@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.export.checksums import write_checksums
-from prunetune.export.per_layer_code import write_code
-from prunetune.export.per_layer_config import PerLayerNames, per_layer_overrides
-from prunetune.export.stock_config import build_meta_model, explain_family_change, shrink_config
+from prunetune.export.stock_config import explain_family_change, shrink_config
+from prunetune.model.checksums import write_checksums
+from prunetune.model.per_layer_code import build_meta_model, write_code
+from prunetune.model.per_layer_config import PerLayerNames, per_layer_overrides
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers
 from prunetune.utils.files import atomic_folder
@@ -63,8 +63,8 @@ def write_checkpoint(
             names = PerLayerNames.from_model(model)
             # Tensor names as in memory: transformers renames on loading by model_type, and does not know this one.
             _save(model, partial, shards, save_original_format=False)
-            write_code(partial, names, sites, model)
             edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | names.auto_map())
+            write_code(partial)
         add_old_rope_keys(partial / "config.json")
         if end_token is not None:
             add_end_token(partial / "generation_config.json", end_token, tokenizer.eos_token_id)

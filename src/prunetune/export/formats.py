@@ -10,13 +10,13 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError
 from prunetune.export import convert
-from prunetune.export.checksums import write_checksums
 from prunetune.export.gguf import write as gguf
 from prunetune.export.model_card import format_export_card
 from prunetune.export.onnx import export_onnx
 from prunetune.export.quantize import SCHEMES, export_quantized
 from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
+from prunetune.model.checksums import write_checksums
 from prunetune.utils.files import PARTIAL, expand_path, explain_write_errors, require_disk_space, write_text
 
 # Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another

@@ -154,8 +154,11 @@ def _format_score(score: tuple[float, float, int] | None) -> str:
 
 def _provenance_section(provenance: Provenance) -> str:
     manifest = provenance.manifest
-    versions = markdown_text(", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
-    commit = f"; prunetune at commit {markdown_code(manifest.commit)}" if manifest.commit else ""
+    made_with = [
+        markdown_text(", ".join(f"{name} {version}" for name, version in environment.versions.items()))
+        + (f"; prunetune at commit {markdown_code(environment.commit)}" if environment.commit else "")
+        for environment in manifest.known_environments
+    ]
     values, defaults = _option_values(provenance.config), _option_values(RunConfig())
     changed = ", ".join(
         markdown_code(f"{name}: {value}")
@@ -163,7 +166,7 @@ def _provenance_section(provenance: Provenance) -> str:
         if value != defaults[name] and name not in UNPUBLISHED_OPTIONS
     )
     lines = ["## Provenance", ""]
-    lines += [f"- made with {versions}{commit}"] if versions else []
+    lines += [f"- {'made' if index == 0 else 'resumed'} with {text}" for index, text in enumerate(made_with)]
     lines += [f"- recipe, where it is not the default: {changed or 'all of it is'}"]
     chosen = manifest.learning_rate.description
     lines += [f"- learning rate {markdown_text(chosen)}"] if chosen else []

@@ -9,7 +9,6 @@ Embeddings and the head are not quantised. The error against the unquantised mod
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from prunetune.export.checkpoint import WrittenCheckpoint, edit_json
 from prunetune.export.result import ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
 from prunetune.export.source import ExportSource
-from prunetune.export.stock_config import build_meta_model
+from prunetune.model.per_layer_code import build_meta_model
 from prunetune.utils.optional import require_installed
 
 log = logging.getLogger(__name__)
@@ -131,13 +130,7 @@ def _write(source: ExportSource, path: Path, scheme: QuantizationScheme, linears
     model = source.load_model(source.dtype, quantization_config=config)
     # Tensor names as in memory, as per-layer folders have them; a stock class renames by itself.
     model.save_pretrained(path, save_original_format=source.layout == "uniform")
-    for file in sorted(source.folder.iterdir()):
-        if (
-            file.is_file()
-            and not file.name.endswith((".safetensors", ".safetensors.index.json"))
-            and not (path / file.name).exists()
-        ):
-            shutil.copyfile(file, path / file.name)
+    source.copy_other_files(path)
     saved = model.config.quantization_config
     edit_json(path / "config.json", {"quantization_config": saved if isinstance(saved, dict) else saved.to_dict()})
 

@@ -93,8 +93,9 @@ def reopen_in_fresh_process(written: WrittenCheckpoint, tokens: Tensor, *, strea
         code, spill = "code" if written.needs_code else "plain", scratch if streamed else ""
         # transformers caches generated modules by folder name: a scratch cache keeps an older run's code out.
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
+        arguments = [str(written.folder.absolute()), str(inputs), str(outputs), code, spill]
         reader = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", READER, str(written.folder.absolute()), str(inputs), str(outputs), code, spill],
+            [sys.executable, "-P", "-c", READER, *arguments],
             capture_output=True, text=True, env=environment, cwd=scratch, check=False,
         )  # fmt: skip
         if reader.returncode:

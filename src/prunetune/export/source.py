@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,23 +10,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ModelError
-from prunetune.export.per_layer_config import width_option_names
+from prunetune.export.checkpoint import edit_json
 from prunetune.export.source_checks import check_source
-from prunetune.export.stock_config import build_meta_model
+from prunetune.model.config_checks import check_config_values
+from prunetune.model.per_layer_classes import register_folder
+from prunetune.model.per_layer_code import build_meta_model, write_code
+from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
+from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.plan import Plan
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
-from prunetune.utils.failures import first_line
+from prunetune.utils.failures import reading_model_files
 from prunetune.utils.untrusted import parse_json, read_text
 
 Layout = Literal["uniform", "per-layer"]
-# Keys that the stock class does not have: the per-layer schema, and rotary keys that only older releases read.
-NON_STOCK_KEYS = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
 PROBE_LENGTH = 32  # tokens in a row of a self-check
 
 
@@ -36,7 +39,7 @@ class ExportSource:
     folder: Path  # config.json, *.safetensors, the tokenizer
     run: Path | None  # the run folder that holds it
     base: str  # the base model in the run's recipe; "" if unknown
-    trust_remote_code: bool = False  # for a per-layer folder outside a run folder
+    trust_remote_code: bool = False  # for a tokenizer with code of its own
 
     @classmethod
     def open(cls, path: Path, *, trust_remote_code: bool = False) -> ExportSource:
@@ -54,7 +57,7 @@ class ExportSource:
                     f"{path}: the run is not finished (no model/): continue it with `prunetune run --resume`"
                 )
             values = read_yaml(recipe, "this run's recipe", "put it back, or name another run") or {}
-            source = cls(path / "model", path, str(values.get("model", "")))
+            source = cls(path / "model", path, str(values.get("model", "")), trust_remote_code)
         elif (path / "config.json").is_file():
             source = cls(path, None, "", trust_remote_code)
         else:
@@ -86,23 +89,17 @@ class ExportSource:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the stored weights."""
+        check_config_values(str(self.folder), self.config_json, trust_remote_code=self.trust_remote_code)
         name = self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
         return getattr(torch, str(name))  # type: ignore[no-any-return]
 
     @cached_property
     def config(self) -> Any:
         """The stock class's configuration; of a per-layer model the dense one, see `layer_widths` for its layers."""
-        from transformers import CONFIG_MAPPING
-
-        family = self.config_json["model_type"].removeprefix("pruned_")
-        if family not in CONFIG_MAPPING:
-            raise ModelError(f"{self.folder}: {family} is no architecture of transformers; export needs one that is")
-        values = {key: value for key, value in self.config_json.items() if key not in NON_STOCK_KEYS}
-        try:
-            return CONFIG_MAPPING[family].from_dict(values | {"model_type": family})
-        except (ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{self.folder}/config.json does not fit {family}: {reason}") from error
+        config = dense_config(self.config_json, self.folder)
+        if getattr(config, "tie_word_embeddings", False):  # transformers 5 goes by the files, other runtimes by this
+            config.tie_word_embeddings = not self.stored.has_own_head("lm_head.weight", "model.embed_tokens.weight")
+        return config
 
     @cached_property
     def layer_widths(self) -> tuple[LayerWidths, ...]:
@@ -144,40 +141,44 @@ class ExportSource:
         """The tokenizer in the folder; raises `ModelError` if it cannot be read."""
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, config=self.config)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{self.folder}: no tokenizer found: {reason}; save it into the folder") from error
+        trust = self.trust_remote_code
+        with reading_model_files(f"{self.folder}: no tokenizer found", "save it into the folder"):
+            return AutoTokenizer.from_pretrained(self.folder, config=self.config, trust_remote_code=trust)
 
     def load_model(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-        """Open the model as its user would, in `dtype` on the CPU; `options` are passed to `from_pretrained`.
+        """Open the model by a stock class or a per-layer class of this package, in `dtype` on the CPU.
+
+        `options` are passed to `from_pretrained`.
 
         Without options its parameters are frozen. Raises `ModelError` if it does not open.
         """
         from transformers import AutoModelForCausalLM
 
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, trust_remote_code=self.trusts_code, **options
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ModelError(f"{self.folder} cannot be opened: {first_line(error)}; write the model again") from error
+        register_folder(self.folder)
+        with reading_model_files(f"{self.folder} cannot be opened", "write the model again"):
+            loaded = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, trust_remote_code=False, **options)
         return (loaded if options else loaded.requires_grad_(False)).eval()
 
-    @property
-    def trusts_code(self) -> bool:
-        """Whether the folder's own modules may run; those in a run folder were generated by prunetune."""
-        return self.layout == "per-layer" and (self.run is not None or self.trust_remote_code)
-
     @cached_property
+    def stored(self) -> SafetensorsReader:
+        """The tensors of the folder."""
+        return SafetensorsReader.from_files(safetensors_files(self.folder))
+
+    @property
     def tensor_files(self) -> dict[str, Path]:
         """Tensor name -> the .safetensors file that holds it."""
-        files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                files |= dict.fromkeys(tensors.keys(), file)
-        return files
+        return self.stored.files
+
+    def copy_other_files(self, path: Path) -> None:
+        """Copy all but weights to an export of the same layout; the modules of a per-layer model are written anew."""
+        weights = (".safetensors", ".safetensors.index.json")
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and not file.name.endswith((*weights, ".py")) and not (path / file.name).exists():
+                shutil.copyfile(file, path / file.name)
+        if self.layout == "per-layer":
+            names = PerLayerNames.from_model(self.meta_model)
+            edit_json(path / "config.json", names.auto_map())
+            write_code(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a stored tensor, without reading it."""
@@ -186,8 +187,7 @@ class ExportSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A stored tensor, mapped from its file: it takes memory only while it is used."""
-        with safe_open(self.tensor_files[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)  # type: ignore[no-any-return]
+        return self.stored.tensor(name)
 
     def iter_rows(self, name: str, max_rows: int) -> Iterator[torch.Tensor]:
         """A stored tensor in blocks of at most `max_rows` rows.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from prunetune.errors import ModelError, PlanError
-from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums
+from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
+from prunetune.model.safetensors_reader import safetensors_files
 from prunetune.pruning.families import get_family, head_counts
 from prunetune.pruning.linears import COLUMNS, stored_axis
 from prunetune.pruning.units import UnitKind
-from prunetune.utils.untrusted import parse_json, read_text
 
 if TYPE_CHECKING:
     from prunetune.export.source import ExportSource
@@ -22,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def check_source(source: ExportSource) -> None:
-    """Check files, permission to run the folder's code, architecture, widths and checksums, in this order.
+    """Check files, architecture, widths and checksums, in this order.
 
     Raises `ModelError` or, for a plan of another model, `PlanError`.
     """
-    if missing := sorted(_shards_in_index(source.folder) - {file.name for file in source.folder.glob("*.safetensors")}):
+    if missing := [file.name for file in safetensors_files(source.folder) if not file.is_file()]:
         raise ModelError(f"{source.folder}: {missing[0]} is missing; copy the folder again, or write the model again")
     try:
         if not source.tensor_files:
@@ -35,25 +34,12 @@ def check_source(source: ExportSource) -> None:
         raise ModelError(
             f"{source.folder}: a .safetensors file is not whole ({error}); copy the folder again"
         ) from error
-    if source.layout == "per-layer" and not source.trusts_code:
-        raise ModelError(
-            f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"
-        )
+    if (source.folder / "adapter_config.json").exists():  # which names a folder or hub model to open instead
+        raise ModelError(f"{source.folder} holds an adapter, and export needs whole weights: merge it into its model")
     get_family(source.config)  # raises for an unknown architecture
     _check_widths(source)
     if not verify_checksums(source.folder):
         log.info("%s has no %s: its files are not verified", source.folder, CHECKSUM_FILE)
-
-
-def _shards_in_index(folder: Path) -> set[str]:
-    """The weight files that the folder's index names; none without an index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        return set(parse_json(read_text(index))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index} cannot be read; copy the folder again") from error
 
 
 def _check_widths(source: ExportSource) -> None:

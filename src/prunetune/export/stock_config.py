@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from prunetune.errors import PlanError
+from prunetune.model.per_layer_code import build_meta_model
 from prunetune.pruning.families import get_family, head_counts, num_experts_key
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import UnitKind
@@ -41,14 +40,6 @@ def kv_groups_validator(config: Any) -> Callable[..., bool]:
         return (site.units, site.consumer.rows_per_unit) == (kv_groups, queries_per_kv_head * heads.head_dim)
 
     return is_valid
-
-
-def build_meta_model(config: Any) -> Any:
-    """A causal language model of the configuration, without weights (on the meta device)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def shrink_config(

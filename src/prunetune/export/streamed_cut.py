@@ -22,7 +22,7 @@ from prunetune.pruning.units import Site, UnitKind, surviving_layers
 from prunetune.pruning.whole_blocks import remove_layers
 
 INDEX_FILE = "model.safetensors.index.json"
-AdapterMerger = Callable[[str, Tensor], Tensor]  # a weight's name and float32 value -> the value with its adapter
+WeightMerger = Callable[[str, Tensor], Tensor]  # a weight's name and float32 value -> its value as tuned
 
 
 @dataclass
@@ -55,7 +55,7 @@ class StreamedModel:
 
     model: Any  # weights on the meta device, see `load_empty_model`
     stored: SafetensorsReader
-    merge_adapter: AdapterMerger
+    merge: WeightMerger
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -70,7 +70,7 @@ class StreamedModel:
                 continue  # a buffer that the class computes from the configuration
             tensor = self.stored.tensor(stored_name)
             if empty.is_floating_point():
-                tensor = self.merge_adapter(stored_name, tensor.float()).to(self.storage_dtype).float()
+                tensor = self.merge(stored_name, tensor.float()).to(self.storage_dtype).float()
             set_tensor(module, name, tensor)
 
     def drop(self, module: nn.Module) -> None:

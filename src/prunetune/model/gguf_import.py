@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunetune.errors import ModelError
-from prunetune.utils.failures import first_line
+from prunetune.utils.failures import reading_model_files
 from prunetune.utils.files import atomic_folder, expand_path
 
 STORAGE_DTYPE = torch.bfloat16  # precise enough for values of 4 to 8 bits
@@ -42,14 +41,13 @@ def _convert(file: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error) as broken:
-        raise ModelError(
-            f"model {file}: cannot be read as GGUF: {first_line(broken)}; check the file or fetch it again"
-        ) from broken
-    if not _tokenizer_is_intact(tokenizer):
+    with reading_model_files(f"model {file}: cannot be read as GGUF", "check the file or fetch it again"):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        is_intact = _tokenizer_is_intact(tokenizer)
+    if not is_intact:
         raise ModelError(
             f"model {file}: transformers {transformers.__version__} reads its tokenizer wrongly: words of the "
             "vocabulary come out in pieces; upgrade transformers, or name a folder with the model's own tokenizer"

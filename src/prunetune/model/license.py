@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.config.yaml_file import parse_yaml
-from prunetune.errors import PrunetuneError
 from prunetune.model.loading import DEMO, cached_hub_file, demo_file
 from prunetune.utils.files import expand_path
 
@@ -34,7 +33,7 @@ def read_license(model: str) -> LicenseInfo:
         license_info = _license_in_card(card) if card and card.is_file() else LicenseInfo()
         file = next((name for name in LICENSE_FILES if (path / name).is_file()), "")
         return license_info if license_info.id or not file else LicenseInfo(id="other", where=f"its file {file}")
-    except (OSError, ValueError, LookupError, PrunetuneError):  # a model card can be written without a licence
+    except Exception:  # of whatever a stranger's files hold; a model card can be written without a licence
         return LicenseInfo()
 
 
@@ -44,10 +43,7 @@ def _license_in_card(card: Path) -> LicenseInfo:
     front_matter, end, _ = rest.partition("\n---")
     if before.strip() or not begin or not end:
         return LicenseInfo()
-    try:
-        values: Any = parse_yaml(front_matter)
-    except ValueError:
-        return LicenseInfo()
+    values: Any = parse_yaml(front_matter)
     return _license_in_values(values, "license", "_", "its model card") if isinstance(values, dict) else LicenseInfo()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,18 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
+from prunetune.model.checksums import verify_checksums
+from prunetune.model.config_checks import (
+    CORRECT_CONFIG,
+    check_config_values,
+    quantised_error,
+    raise_if_multimodal,
+    raise_if_unprunable,
+    raise_unless_causal_lm,
+)
 from prunetune.model.gguf_import import dequantize_gguf
-from prunetune.utils.failures import first_line
+from prunetune.model.per_layer_classes import register_folder
+from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
+from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
-from prunetune.utils.untrusted import short_repr
+from prunetune.utils.untrusted import parse_json
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-MAX_LAYERS = 512
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ def gguf_file(name: str) -> Path | None:
 def resolve_model_path(name: str) -> str:
     """The folder or hub name to give to `from_pretrained`; raises `ModelError` for a path without a model.
 
-    A .gguf file is dequantised once into a folder of the cache.
+    A .gguf file is dequantised once into a folder of the cache. A per-layer folder opens by this package's own classes.
     """
     file = gguf_file(name)
     if file is not None:
@@ -54,8 +64,8 @@ def resolve_model_path(name: str) -> str:
         return str(dequantize_gguf(file))
     path = expand_path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model {name}: the folder has no config.json; name the folder that save_pretrained wrote")
+        _raise_if_no_model_folder(name, path)
+        register_folder(path)
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -68,6 +78,21 @@ def resolve_model_path(name: str) -> str:
             f"(a hub model opens after: hf download {name}){_did_you_mean(path)}"
         )
     return name
+
+
+def _raise_if_no_model_folder(name: str, path: Path) -> None:
+    """Refuse an adapter, which transformers would open as its base, and folders without a configuration."""
+    if (path / "adapter_config.json").is_file():
+        with reading_model_files(f"model {name}: adapter_config.json", "save the adapter again"):
+            base = parse_json((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+        raise ModelError(
+            f"model {name}: the folder holds an adapter of {base or 'another model'} (adapter_config.json): merge it "
+            f"first: AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)"
+        )
+    if not (path / "config.json").is_file():
+        runs = [folder for folder in (path / "model", *sorted(path.glob("sizes/*/model"))) if folder.is_dir()]
+        holds = f"the folder is a run; name its model, {runs[0]}" if runs else "the folder has no config.json"
+        raise ModelError(f"model {name}: {holds}" + ("" if runs else "; name the folder that save_pretrained wrote"))
 
 
 def _did_you_mean(path: Path) -> str:
@@ -138,25 +163,123 @@ def load_model_and_tokenizer(
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
-    try:
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
+    verify_checksums(Path(path))
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    checked = _read_headers(name, config, trust_remote_code=trust_remote_code)
+    with reading_model_files(f"model {name}: cannot be loaded", "check the files, or fetch them again"):
+        model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
-        raise ModelError(
-            f"model {name}: cannot be loaded: {first_line(broken)}; check the files or fetch them again"
-        ) from broken
-    if missing := sorted(loading_info["missing_keys"]):  # which transformers fills with random numbers
-        raise ModelError(
-            f"model {name}: its files lack {len(missing)} of the weights that its config.json describes, "
-            f"{missing[0]} first; fetch it again, or save it whole"
-        )
+    _raise_if_weights_are_missing(name, info)
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = checked.config.tie_word_embeddings
     model.to(device).eval().requires_grad_(False)
+    is_dequantised = hasattr(config, "quantization_config") and not getattr(model, "is_quantized", False)
     for weight_name, weight in model.named_parameters():
+        if is_dequantised and weight.is_floating_point():  # to bfloat16, whatever dtype is asked for
+            weight.data = weight.data.to(dtype)
         if weight.dtype in DTYPES.values() and not weight.isfinite().all():
             raise ModelError(f"model {name}: {weight_name} holds NaN or infinite values; fetch it again")
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return LoadedModel(model, tokenizer, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
+
+
+def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model to prune, on the meta device; of its weight files only the headers are read, of a hub model perhaps none.
+
+    Raises `ModelError` for what `load_model_and_tokenizer` would refuse, and for what cannot be pruned.
+    """
+    raise_if_unprunable(name, _config_values(name))
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    raise_if_multimodal(name, config)
+    return _read_headers(name, config, trust_remote_code=trust_remote_code)
+
+
+def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model in float32, with weights on the meta device and buffers in memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_meta_model(name, trust_remote_code=trust_remote_code).config  # knows whether the head is tied
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
+    """The model on the meta device, checked against the headers of its files: every weight is there, in its shape.
+
+    Its configuration says whether the head is tied by what the files hold, as transformers 5 reads them; other runtimes
+    go by config.json. Without .safetensors files nothing is checked.
+    """
+    from transformers import AutoModelForCausalLM
+
+    raise_unless_causal_lm(name, config)
+    stored_dtypes: dict[str, str] = {}
+    for file in weight_files(name):
+        with reading_model_files(f"model {name}: {file.name} cannot be read", "fetch it again"):
+            stored_dtypes |= dict(_stored_dtypes(file))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if stored_dtypes and layers > len(stored_dtypes):  # which would take hours to build
+        raise ModelError(
+            f"model {name}: num_hidden_layers is {layers} in config.json, and the files hold {len(stored_dtypes)} "
+            f"tensors; {CORRECT_CONFIG}"
+        )
+    with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
+        if not stored_dtypes:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        with quiet_transformers():  # what does not fit is refused here, in one line
+            model, info = AutoModelForCausalLM.from_pretrained(
+                resolve_model_path(name),
+                dtype="auto",
+                device_map="meta",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    _raise_if_weights_are_missing(name, info)
+    for weight_name, stored, expected in sorted(info["mismatched_keys"], reverse=True):
+        sizes = [size for size, other in zip(expected, stored, strict=False) if size != other]
+        keys = [key for key, value in config.get_text_config().to_dict().items() if [value] == sizes]
+        raise ModelError(
+            f"model {name}: {weight_name} has shape {list(stored)} in the files, {list(expected)} in config.json"
+            f"{f' ({keys[0]})' if len(keys) == 1 else ''}; {CORRECT_CONFIG}"
+        )
+    weight_names = {id(weight): weight_name for weight_name, weight in model.named_parameters()}
+    for weight_name in weight_names.values():
+        dtype = stored_dtypes.get(weight_name)
+        if dtype and dtype not in SAFETENSORS_DTYPES and not hasattr(config, "quantization_config"):
+            raise quantised_error(name, f"({weight_name} is {dtype})")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model.config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
+        reader = open_safetensors(name, trust_remote_code=trust_remote_code)
+        model.config.tie_word_embeddings = not reader.has_own_head(
+            weight_names[id(head.weight)], weight_names[id(embedding.weight)]
+        )
+        model.tie_weights()
+    return model
+
+
+def _raise_if_weights_are_missing(name: str, info: Mapping[str, Any]) -> None:
+    if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
+        raise ModelError(
+            f"model {name}: its files lack {len(missing)} of the weights that its config.json describes, "
+            f"{missing[0]} first; fetch it again, or save it whole"
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings back, among them its table of weights that do not fit."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def checkpoint_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -166,60 +289,90 @@ def checkpoint_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dty
         return config.dtype
     with suppress(SafetensorError, OSError):
         for file in weight_files(name):
-            with safe_open(file, framework="pt") as tensors:
-                for tensor in tensors.keys():  # noqa: SIM118 - no mapping
-                    dtype = SAFETENSORS_DTYPES.get(tensors.get_slice(tensor).get_dtype())
-                    if dtype is not None:
-                        return dtype
+            for _, dtype in _stored_dtypes(file):
+                if dtype in SAFETENSORS_DTYPES:
+                    return SAFETENSORS_DTYPES[dtype]
     return torch.float32
 
 
+def _stored_dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    """The name of every tensor of a file, with its dtype as safetensors names it: "BF16"."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - no mapping
+            yield name, tensors.get_slice(name).get_dtype()
+
+
 def weight_files(name: str) -> list[Path]:
-    """The .safetensors files of a model; of a hub model, those in the cache."""
+    """The .safetensors files that transformers reads of a model; of a hub model, none until all are in the cache."""
     from transformers.utils import cached_file
 
-    return sorted(Path(str(cached_file(resolve_model_path(name), "config.json"))).parent.glob("*.safetensors"))
+    path = Path(resolve_model_path(name))
+    if path.is_dir():
+        return safetensors_files(path)
+    files = safetensors_files(Path(str(cached_file(str(path), "config.json"))).parent)
+    return files if all(file.is_file() for file in files) else []
+
+
+def open_safetensors(name: str, *, trust_remote_code: bool = False) -> SafetensorsReader:
+    """The tensors of a model's files; none where its weights are no readable .safetensors files."""
+    verify_checksums(Path(resolve_model_path(name)))
+    try:
+        dtype = checkpoint_dtype(name, trust_remote_code=trust_remote_code)
+        return SafetensorsReader.from_files(weight_files(name), dtype)
+    except (SafetensorError, OSError):
+        return SafetensorsReader({}, torch.float32)
+
+
+def _config_values(name: str) -> dict[str, Any]:
+    """The values of config.json as they are stored."""
+    from transformers import PreTrainedConfig
+
+    path = Path(resolve_model_path(name))
+    if not path.is_dir():
+        with reading_model_files(f"model {name}: no configuration found", "name a folder, a .gguf file or a hub name"):
+            return dict(PreTrainedConfig.get_config_dict(str(path))[0])
+    with reading_model_files(f"model {name}: config.json cannot be read", CORRECT_CONFIG):
+        values = parse_json((path / "config.json").read_bytes(), nan=True)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object of keys and values")
+    return values
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration; raises `UnknownArchitecture` or `ModelError` where it cannot be read."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
 
-    try:
-        stored = PreTrainedConfig.get_config_dict(resolve_model_path(name))[0]
-        for key in LAYER_COUNTS:
-            if isinstance(stored.get(key), int) and stored[key] > MAX_LAYERS:  # each takes time to build, even empty
-                layers = short_repr(stored[key])
-                raise ModelError(f"model {name}: config.json: {key} is {layers}, and {MAX_LAYERS} are read; correct it")
-        return AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
-    except KeyError as unknown:
-        raise UnknownArchitecture(
-            f"model {name}: architecture {unknown} is not known to transformers; upgrade it"
-        ) from unknown
-    except StrictDataclassError as invalid:
-        raise ModelError(f"model {name}: config.json: {' '.join(str(invalid).split())}; correct it") from invalid
-    except (OSError, ValueError) as broken:
-        if "trust_remote_code" in str(broken):
-            raise ModelError(
-                f"model {name} comes with code of its own: read it, then say --trust-remote-code"
-            ) from broken
-        raise ModelError(
-            f"model {name}: no configuration found: {first_line(broken)}; name a folder, a .gguf file or a hub name"
-        ) from broken
+    values = _config_values(name)
+    check_config_values(name, values, trust_remote_code=trust_remote_code)
+    with reading_model_files(f"model {name}: config.json", CORRECT_CONFIG):
+        try:
+            config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
+        except ValueError as broken:
+            if "trust_remote_code" in str(broken):
+                raise ModelError(
+                    f"model {name} comes with code of its own: read it, then say --trust-remote-code"
+                ) from broken
+            if "does not recognize this architecture" in str(broken):
+                raise UnknownArchitecture(
+                    f"model {name}: architecture {values['model_type']!r} is not known to transformers; upgrade it"
+                ) from broken
+            raise
+        if not isinstance(config.get_text_config(), PreTrainedConfig):
+            raise ValueError(f"text_config does not belong to {config.model_type!r}")
+    return config
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer, and set a padding token of the model's vocabulary; raises `ModelError` if it has no tokens."""
     from transformers import AutoTokenizer
 
-    try:
+    with reading_model_files(
+        f"model {name}: no tokenizer found",
+        "save tokenizer.json and the tokenizer's other files into the model's folder",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as broken:
-        raise ModelError(
-            f"model {name}: no tokenizer found: {first_line(broken)}; save the tokenizer into the model's folder"
-        ) from broken
-    if not tokenizer("a")["input_ids"]:  # made from a configuration alone
+        has_tokens = bool(tokenizer("a")["input_ids"])
+    if not has_tokens:  # made from a configuration alone
         raise ModelError(
             f"model {name}: its tokenizer has no vocabulary: save tokenizer.json and the tokenizer's other files into "
             "its folder"
@@ -230,28 +383,3 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model on the meta device; of its weight files, only the headers are read.
-
-    Raises `ModelError` where a file or the configuration is broken.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    for file in weight_files(name):
-        try:
-            safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as broken:
-            raise ModelError(
-                f"model {name}: {file.name} cannot be read: {first_line(broken)}; fetch it again"
-            ) from broken
-    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
-        raise ModelError(f"model {name}: config.json: num_hidden_layers must be 1 or more; correct it")
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (RuntimeError, KeyError, TypeError, ZeroDivisionError) as broken:
-        reason = f"{type(broken).__name__}: {first_line(broken)}"
-        raise ModelError(f"model {name}: no model can be built from its config.json: {reason}; correct it") from broken

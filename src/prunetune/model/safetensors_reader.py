@@ -1,17 +1,48 @@
-"""Reading single tensors from a model's .safetensors files, for models that are too large to load whole."""
+"""Which .safetensors files are a model's, and reading single tensors from them without loading the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from prunetune.model.loading import checkpoint_dtype, load_config, weight_files
+from prunetune.errors import ModelError
+from prunetune.utils.untrusted import parse_json
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The .safetensors files of a model folder that transformers reads, whether they are there or not.
+
+    That is the file that config.json names, else `model.safetensors`, else those of the index. Other files, such as
+    left-overs of an earlier save, are not read. Raises `ModelError` for an index that is none.
+    """
+    names = [WEIGHTS_FILE, INDEX_FILE]
+    if (config := folder / "config.json").is_file() and (named := _json_object(config).get("transformers_weights")):
+        names = [str(named)]
+    first = next((folder / name for name in names if (folder / name).is_file()), None)
+    if first is None or first.suffix == ".safetensors":
+        return [first] if first else []
+    weight_map = _json_object(first).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{first} names no files (weight_map); copy the folder again, or fetch it again")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def _json_object(file: Path) -> dict[str, object]:
+    try:
+        values = parse_json(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds no object but {type(values).__name__}")
+    except ValueError as broken:
+        raise ModelError(f"{file} cannot be read: {broken}; copy the folder again, or fetch it again") from broken
+    return values
 
 
 @dataclass(frozen=True)
@@ -22,16 +53,13 @@ class SafetensorsReader:
     dtype: torch.dtype  # of the checkpoint
 
     @classmethod
-    def from_model(cls, name: str, *, trust_remote_code: bool = False) -> SafetensorsReader:
-        """Find the tensors of a model; none where its weights are no readable .safetensors files."""
-        files: dict[str, Path] = {}
-        for file in weight_files(name):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    files |= dict.fromkeys(tensors.keys(), file)
-            except (SafetensorError, OSError):
-                return cls({}, torch.float32)
-        return cls(files, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
+    def from_files(cls, files: Iterable[Path], dtype: torch.dtype = torch.float32) -> SafetensorsReader:
+        """Find the tensors in files; raises `SafetensorError` or `OSError` for one that cannot be read."""
+        found: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        return cls(found, dtype)
 
     def has_all(self, names: Iterable[str]) -> bool:
         return all(name in self.files for name in names)
@@ -42,17 +70,11 @@ class SafetensorsReader:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
-
-def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model in float32, with weights on the meta device and buffers in memory."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
+    def has_own_head(self, head: str, embedding: str) -> bool:
+        """Whether both are stored, and differ: transformers then does not tie them, whatever config.json says."""
+        if not self.has_all((head, embedding)):
+            return False
+        return not torch.equal(self.tensor(head), self.tensor(embedding))
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

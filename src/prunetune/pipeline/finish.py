@@ -16,27 +16,21 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.data.encoding import chat_stop_id, uses_chat_template
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
-from prunetune.export.streamed_cut import AdapterMerger, StreamedModel, cut_streamed
+from prunetune.export.streamed_cut import StreamedModel, WeightMerger, cut_streamed
 from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
-from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
+from prunetune.model.loading import load_empty_model, open_safetensors
 from prunetune.pipeline.card_facts import render_card
 from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.recording import record_timing
-from prunetune.pruning.cut import cut, merge_adapters
-from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed
+from prunetune.pruning.cut import add_adapter, cut
+from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.masking import masked
-from prunetune.pruning.nf4 import cut_axes, round_linears_to_nf4, round_to_nf4
+from prunetune.pruning.nf4 import cut_axes, round_to_nf4
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import kept_params
-from prunetune.train.adapters import (
-    ADAPTER_NAME,
-    LARGE_MODEL_PARAMS,
-    add_adapters,
-    expand_adapter_tensors,
-    load_into_dense,
-)
+from prunetune.train.adapters import ADAPTER_NAME, LARGE_MODEL_PARAMS, add_adapters, expand_tensors
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.utils.files import write_text
 
@@ -70,16 +64,28 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     assert state is not None
     assert state.plan is not None
     tokens = _check_tokens(context)
-    streamer = _open_streamed(context, state) if streamed or _is_large(context) else None
+    # The weights of a large model may not fit into memory; adapters alone were tuned, unless the recipe says otherwise.
+    is_large = prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
+    streamer = _open_streamed(context, state) if streamed or is_large else None
     if streamer is None:
         pruned = _cut_in_memory(context, state, tokens)
     else:
-        pruned = _cut_layer_by_layer(context, streamer, state, tokens)
-    if has_nf4_adapters(context, state):
-        compared = _compare_with_tuned(context, state, tokens, pruned.expected_logits)
+        shards = context.folder.path / "model.shards"
+        shutil.rmtree(shards, ignore_errors=True)
+        shards.mkdir()
+        expected = cut_streamed(streamer, state.plan, context.sites, tokens, shards)
+        pruned = CutModel(streamer.model, streamer.storage_dtype, expected, shards)
+    if has_nf4_adapters(context, state):  # merged, the model has to give the logits that it was tuned to give
+        base = context.load_for_training()
+        add_adapters(base, context.sites, context.config.lora, seed=0)  # those of a removed block add nothing
+        for name, weight in _dense_tensors(base, context, state).items():
+            base.get_parameter(name).data = weight.to(context.device)
+        compared = compare_with_merged(base, state.plan, context, tokens, pruned.expected_logits)
+        del base  # its memory is free before the written model is opened
         context.folder.update_manifest(quantised=QuantisedFacts(**compared))
     write_text(context.folder.plan_file, state.plan.to_json())
     unchecked = context.folder.path / "model.unchecked"
+    has_chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
     written = write_checkpoint(
         pruned.model,
         context.tokenizer,
@@ -89,7 +95,7 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
         layout=context.config.layout,
         card=render_card(context.folder, context.reported_config, state.plan, context.sites),
         shards=pruned.shards,
-        end_token=_chat_stop(context),
+        end_token=chat_stop_id(context.tokenizer) if has_chats else None,
     )
     selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamer is not None)
     context.folder.update_manifest(
@@ -105,38 +111,22 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     unchecked.rename(context.folder.model_folder)  # from here on model/ exists, is whole, and has passed its check
 
 
-def _chat_stop(context: RunContext) -> int | None:
-    """The token that ends a turn, if the model was tuned on chats."""
-    has_chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
-    return chat_stop_id(context.tokenizer) if has_chats else None
-
-
-def _compare_with_tuned(
-    context: RunContext, state: TrainingState, tokens: Tensor, expected_logits: Tensor
-) -> dict[str, Any]:
-    """Compare the logits of the model as it was tuned, in 4 bits, with those of the merged one."""
+def _dense_tensors(model: Any, context: RunContext, state: TrainingState) -> Mapping[str, Tensor]:
+    """A checkpoint's adapters, or the weights they were merged into, in the dense model's shapes (`expand_tensors`)."""
+    tensors = state.tensors["adapters"]
+    if not state.is_cut:
+        return tensors
     assert state.plan is not None
-    base = context.load_for_training()
-    _load_adapters(base, context, state)
-    return compare_with_merged(base, state.plan, context, tokens, expected_logits)
-
-
-def _is_large(context: RunContext) -> bool:
-    """Whether the weights may not fit into memory, and only adapters were tuned."""
-    return prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
+    return expand_tensors(model, tensors, state.plan, context.sites)
 
 
 def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) -> CutModel:
     assert state.plan is not None
     loaded = context.load_dense(torch.float32, torch.device("cpu"))
-    gated = loaded.model
-    if has_nf4_adapters(context, state):  # adapters were tuned on the rounded weights
-        round_linears_to_nf4(gated, context.sites, dtype=context.dtype, device=context.device)
-    _load_adapters(gated, context, state)
-    merge_adapters(gated)
-    for parameter in gated.parameters():
+    gated, merge = loaded.model, _weight_merger(loaded.model, context, state)
+    for name, parameter in gated.named_parameters():
         # Rounded to what the file will hold, computed in float32: the comparison is about the cut, not the rounding.
-        parameter.data = parameter.data.to(loaded.checkpoint_dtype).float()
+        parameter.data = merge(name, parameter.data).to(loaded.checkpoint_dtype).float()
     with masked(gated, state.plan, sites=context.sites):
         expected = compute_logits(gated, tokens)
     return CutModel(
@@ -144,11 +134,24 @@ def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) ->
     )
 
 
-def _load_adapters(model: Any, context: RunContext, state: TrainingState) -> None:
-    """Put a checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    if not (state.is_cut and context.config.train.weights == "all"):
-        add_adapters(model, context.sites, context.config.lora, seed=0)
-    load_into_dense(model, state, context.sites, context.config.train)
+def _weight_merger(model: Any, context: RunContext, state: TrainingState) -> WeightMerger:
+    """A function from a dense weight, which it may change in place, to the tuned one, with its adapter merged."""
+    rank, alpha = context.config.lora.rank, context.config.lora.alpha
+    linears = {f"{name}.weight": get_base_linear(model, name) for name in lora_target_modules(model)}
+    tuned = _dense_tensors(model, context, state)
+    axes_in_nf4 = cut_axes(model, context.sites) if has_nf4_adapters(context, state) else {}
+
+    def merge(name: str, weight: Tensor) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module in axes_in_nf4:  # adapters were tuned on the rounded weight
+            axis, dtype, device = axes_in_nf4[module], context.dtype, context.device
+            weight.copy_(round_to_nf4(linears[name], weight, cut_axis=axis, dtype=dtype, device=device))
+        lora_a, lora_b = (tuned.get(f"{module}.lora_{half}.{ADAPTER_NAME}.weight") for half in "AB")
+        if name in linears and lora_a is not None and lora_b is not None:
+            add_adapter(linears[name], weight, lora_a, lora_b, (alpha or 2 * rank) / rank)
+        return tuned.get(name, weight)
+
+    return merge
 
 
 # -- layer by layer ----------------------------------------------------------------------------------------------------
@@ -158,50 +161,11 @@ def _open_streamed(context: RunContext, state: TrainingState) -> StreamedModel |
     """The model to cut layer by layer; None if its weights are not stored under the names that they have in memory."""
     name, trust = context.config.model, context.config.trust_remote_code
     model = load_empty_model(name, trust_remote_code=trust)
-    stored = SafetensorsReader.from_model(name, trust_remote_code=trust)
+    stored = open_safetensors(name, trust_remote_code=trust)
     if not stored.has_all(parameter for parameter, _ in model.named_parameters()):
         log.warning("the model's files use other names than its class: it is cut as a whole, in CPU memory")
         return None
-    return StreamedModel(model, stored, _adapter_merge(model, context, state))
-
-
-def _cut_layer_by_layer(context: RunContext, streamer: StreamedModel, state: TrainingState, tokens: Tensor) -> CutModel:
-    assert state.plan is not None
-    shards = context.folder.path / "model.shards"
-    shutil.rmtree(shards, ignore_errors=True)
-    shards.mkdir()
-    expected = cut_streamed(streamer, state.plan, context.sites, tokens, shards)
-    return CutModel(streamer.model, streamer.storage_dtype, expected, shards)
-
-
-def _adapter_merge(model: Any, context: RunContext, state: TrainingState) -> AdapterMerger:
-    """A function that merges the checkpoint's adapters into one weight at a time, as `merge_adapters` does."""
-    assert state.plan is not None
-    rank, alpha = context.config.lora.rank, context.config.lora.alpha
-    linears = {name: get_base_linear(model, name) for name in lora_target_modules(model)}
-    shapes: dict[str, torch.Size] = {}
-    for name, linear in linears.items():
-        shapes[f"{name}.lora_A.{ADAPTER_NAME}.weight"] = torch.Size((rank, axis_size(linear, COLUMNS)))
-        shapes[f"{name}.lora_B.{ADAPTER_NAME}.weight"] = torch.Size((axis_size(linear, ROWS), rank))
-    adapters: Mapping[str, Tensor] = state.tensors["adapters"]
-    if state.is_cut:
-        adapters = expand_adapter_tensors(adapters, shapes, state.plan, context.sites)
-    scale = (alpha or 2 * rank) / rank
-    axes_in_nf4 = cut_axes(model, context.sites) if has_nf4_adapters(context, state) else {}
-
-    def merge(name: str, weight: Tensor) -> Tensor:
-        module_name = name.removesuffix(".weight")
-        if module_name not in linears or not name.endswith(".weight"):
-            return weight
-        linear = linears[module_name]
-        if module_name in axes_in_nf4:
-            axis = axes_in_nf4[module_name]
-            weight = round_to_nf4(linear, weight, cut_axis=axis, dtype=context.dtype, device=context.device).to(weight)
-        lora_a, lora_b = (adapters[f"{module_name}.lora_{half}.{ADAPTER_NAME}.weight"] for half in "AB")
-        delta = lora_b @ lora_a * scale
-        return weight + (delta.t() if is_transposed(linear) else delta)
-
-    return merge
+    return StreamedModel(model, stored, _weight_merger(model, context, state))
 
 
 def _check_tokens(context: RunContext) -> Tensor:

@@ -116,7 +116,9 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
     return ValidationMonitor(
         context,
         limits,
-        good_checkpoints=distribute_checkpoints(Checkpoints(context.folder.good_checkpoints), context.ranks),
+        good_checkpoints=distribute_checkpoints(
+            Checkpoints(context.folder.good_checkpoints, context.base), context.ranks
+        ),
         choice_rows=tuple(stable_sample(choice_rows if needs_accuracy else (), max_rows)),
         guard_rows=tuple(stable_sample(context.splits.guard, max_rows)),
     )

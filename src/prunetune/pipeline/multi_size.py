@@ -46,7 +46,7 @@ from prunetune.pipeline.stages import (
 )
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.runs.trackers import require_trackers
-from prunetune.train.checkpoints import Checkpoints, TrainingState
+from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
 from prunetune.utils.console import make_console
@@ -103,16 +103,11 @@ class SizeRun:
         return self.context.config
 
     @property
-    def latest_state(self) -> TrainingState | None:
-        """Its newest checkpoint."""
-        return Checkpoints(self.folder.checkpoints).latest()
-
-    @property
     def is_tuned(self) -> bool:
         """Whether its training is complete."""
         if self.folder.model_folder.exists():
             return True
-        state = self.latest_state
+        state = Checkpoints(self.folder.checkpoints).latest()
         return state is not None and state.is_cut and state.step >= self.config.train.steps
 
 
@@ -197,11 +192,11 @@ class SizeTraining:
     def _job_for_size(self, job: TrainingJob, size: SizeRun) -> TrainingJob:
         """The job of one size: it keeps the state from which a smaller size goes on, and goes on from a larger one."""
         if size.index + 1 < len(self.sizes):
-            job = replace(job, branch_checkpoints=Checkpoints(size.folder.branch))
+            job = replace(job, branch_checkpoints=Checkpoints(size.folder.branch, self.context.base))
         if not size.index:
             return job
         larger = self.sizes[size.index - 1]
-        start = Checkpoints(larger.folder.branch).latest()
+        start = Checkpoints(larger.folder.branch, self.context.base).latest()
         if start is None:
             raise RunFolderError(
                 f"{larger.folder.branch}: the state that the next size goes on from cannot be read: put it back, or "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunetune.bench.latency.tables import get_latency_table
+from prunetune.bench.latency.tables import checked_header, get_latency_table, load_kept_table
 from prunetune.config.recipe import RunConfig
 from prunetune.cost.budget_limits import TIMED_BUDGETS, make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
@@ -17,6 +17,7 @@ from prunetune.errors import ConfigError
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.pipeline.budget_preview import budget_usage_lines
 from prunetune.pruning.units import Site, UnitKind
+from prunetune.runs.folder import RunFolder
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
 from prunetune.search.select import select
@@ -69,19 +70,32 @@ def _raise_if_not_representable(
 
 
 def apply_budgets(
-    config: RunConfig, sites: tuple[Site, ...], constraints: PlanConstraints, meta_model: Any, device: torch.device
+    config: RunConfig,
+    sites: tuple[Site, ...],
+    constraints: PlanConstraints,
+    meta_model: Any,
+    device: torch.device,
+    begun: RunFolder | None = None,
 ) -> tuple[RunConfig, PlanConstraints]:
     """Turn budgets other than `budget.keep` into limits of the constraints, and `budget.keep` into their coordinate.
 
-    Raises `PlanError` for a budget that cannot be met, and `ConfigError` for one that cannot be counted or measured.
+    A run that has `begun` keeps the limits, and the latency table, that it began with. Raises `PlanError` for a budget
+    that cannot be met, and `ConfigError` for one that cannot be counted or measured.
     """
     amounts = config.budget.amounts()
     if not amounts:
         return config, constraints
-    workload, table = config.workload, None
-    if any(kind in TIMED_BUDGETS for kind in amounts):
-        table = get_latency_table(meta_model.config, sites, workload, device, constraints.align, config.budget.table)
+    workload, table, align = config.workload, None, constraints.align
+    kept_limits = begun.read_manifest().cost_limits if begun else {}
+    timed_budgets = [kind for kind in TIMED_BUDGETS if kind in amounts]
+    if timed_budgets:
+        if begun and (begun.latency_table_file.exists() or timed_budgets[0] in kept_limits):
+            header = checked_header(meta_model.config, sites, workload, device, align)
+            table = load_kept_table(begun.latency_table_file, header)
+        else:
+            table = get_latency_table(meta_model.config, sites, workload, device, align, config.budget.table)
     limits = make_budget_limits(amounts, model_shape(meta_model, sites), workload, table)
+    limits = tuple(replace(limit, limit=kept_limits.get(limit.kind) or limit.limit) for limit in limits)
     constraints = with_limits(constraints, sites, limits, requested_keep=config.budget.keep)
     assert constraints.limits is not None
     feasible_keep = constraints.limits.feasible_keep

@@ -25,6 +25,7 @@ from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.manifest import DataFacts
+from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     LoadedModel,
     load_meta_model,
@@ -81,6 +82,7 @@ class RunContext:
     dense_params: int
     unprunable_block_params: int  # of decoder layers, in kinds of block that are kept whole
     ranks: Ranks = SINGLE_PROCESS
+    base: ModelIdentity | None = None  # of the dense model; on other ranks than 0, which write nothing, None
 
     @property
     def reported_config(self) -> RunConfig:
@@ -134,20 +136,29 @@ def prepare(
     console.stage("reading model and data", 0)
     splits = load_splits(config.data, config.seed)
     meta_model = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
+    base = ModelIdentity(config.model) if ranks.is_main else None
+    if resume:
+        _raise_if_not_resumable(folder, splits, base)
     sites = find_sites(meta_model, config.budget.units)
     constraints = make_plan_constraints(config, sites, meta_model.config)
     recipe = config
-    config, constraints = apply_budgets(resolve_auto(config, sites), sites, constraints, meta_model, device)
+    begun = folder if resume else None
+    config, constraints = apply_budgets(resolve_auto(config, sites), sites, constraints, meta_model, device, begun)
     for keep in config.budget.keeps:  # raises `PlanError` for a budget that no plan meets
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, constraints)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    if resume:
-        _raise_if_not_resumable(folder, splits)
     encoded = _encode_splits(splits, tokenizer, meta_model, config)
     if not config.train.learning_rate and not encoded["valid"].examples:
         raise DataError(
             "train.learning_rate auto chooses on valid, and valid has no row, or none that fits data.max_length: name "
             "data.valid or a data.valid_share, or set a learning rate"
+        )
+    if config.train.start == "teacher" and (
+        config.distill.teacher != "dense" or config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp
+    ):
+        raise ConfigError(
+            "train.start teacher takes over the adapters of a dense teacher: set distill.teacher to dense, lora.rank "
+            "to at least lora.dense_rank, and launch without --use_fsdp; or set train.start to base"
         )
     if ranks.uses_fsdp and config.train.weights == "all":
         raise ConfigError(
@@ -177,6 +188,7 @@ def prepare(
         dense_params=sum(parameter.numel() for parameter in meta_model.parameters()),
         unprunable_block_params=unprunable_params(meta_model, config.budget.units),
         ranks=ranks,
+        base=base,
     )
 
 
@@ -207,9 +219,14 @@ def _encode_splits(
     return encoded
 
 
-def _raise_if_not_resumable(folder: RunFolder, splits: Splits) -> None:
-    """Raises `RunFolderError` for one size of a larger run, and where rows are not those that the run began with."""
-    manifest = folder.read_manifest()
+def _raise_if_not_resumable(folder: RunFolder, splits: Splits, base: ModelIdentity | None) -> None:
+    """Raises `RunFolderError` for one size of a larger run, and if rows or model are not what the run began with."""
+    try:
+        manifest = folder.read_manifest()
+    except (ValueError, OSError) as broken:
+        raise RunFolderError(
+            f"{folder.path}/manifest.json cannot be read ({broken}): put it back, or start anew with another --out"
+        ) from broken
     if manifest.size:
         raise RunFolderError(f"{folder.path} is one size of a run: go on with the run around it")
     before = manifest.data.hashes
@@ -218,6 +235,15 @@ def _raise_if_not_resumable(folder: RunFolder, splits: Splits) -> None:
         raise RunFolderError(
             f"{folder.path}: the data of {', '.join(changed)} changed since the run began: "
             "put the old rows back, or start anew with another --out"
+        )
+    if base is None or not manifest:
+        return
+    if not manifest.model.identity:
+        log.warning("%s does not say which files its model had: whether they changed cannot be checked", folder.path)
+    elif changes := base.changes_since(manifest.model.identity):
+        raise RunFolderError(
+            f"{folder.path}: model {base.name} is not the one that the run began with ({changes}): "
+            "put the old files back, or start anew with another --out"
         )
 
 
@@ -281,6 +307,7 @@ def data_and_model_facts(context: RunContext) -> dict[str, Any]:
         "model": replace(
             context.folder.read_manifest().model,  # a resumed run knows the bytes, too
             name=context.config.model,
+            identity=context.base.digests if context.base else {},
             params=context.dense_params,
             decoder_params=prunable_params(context.sites) + context.unprunable_block_params,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.errors import LimitBroken
+from prunetune.manifest import EnvironmentFacts
 from prunetune.pipeline.prepare import RunContext, data_and_model_facts
 from prunetune.report import write_report
 from prunetune.runs import history
@@ -16,6 +18,9 @@ from prunetune.runs.folder import TUNING_STAGE, RunFolder, run_lock
 from prunetune.runs.trackers import Trackers, start_trackers
 from prunetune.train.job import Observer
 from prunetune.utils import environment
+from prunetune.utils.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,24 @@ def record_timing(folder: RunFolder, stage: str) -> Iterator[None]:
 
 
 def record_origin(context: RunContext, command: str, **facts: Any) -> None:
-    """Write to the manifest what the run is made of: machine, versions, command, data, dense model, and `facts`."""
-    context.folder.update_manifest(
-        **environment.describe_environment(context.device, context.dtype, command, context.config.seed),
+    """Write what the run is made of: machine, versions, command, data, dense model, limits, and `facts`.
+
+    What changed of machine and versions since the run was last started is logged, and both are kept.
+    """
+    folder, limits = context.folder, context.constraints.limits.limits if context.constraints.limits else ()
+    table = next((limit.latency_table for limit in limits if limit.latency_table), None)
+    if table and not folder.latency_table_file.exists():
+        write_text(folder.latency_table_file, table.to_json() + "\n")
+    described = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
+    now = EnvironmentFacts(**{name: described[name] for name in ("commit", "versions", "device", "dtype")})
+    environments = folder.read_manifest().known_environments
+    if environments and (changes := now.changes_since(environments[-1])):
+        log.warning("%s was last worked on with other versions: %s; its manifest.json keeps both", folder.path, changes)
+    folder.update_manifest(
+        **described,
         **data_and_model_facts(context),
+        environments=environments if now in environments[-1:] else (*environments, now),
+        cost_limits={limit.kind: limit.limit for limit in limits},
         **facts,
     )
 

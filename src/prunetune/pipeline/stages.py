@@ -12,7 +12,11 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.speed import measure_speed
@@ -23,7 +27,6 @@ from prunetune.data.sources import SplitName
 from prunetune.errors import ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
-from prunetune.export.checksums import verify_checksums
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.card_facts import rewrite_card
@@ -35,7 +38,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
-from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore, json_digest
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
@@ -48,6 +51,7 @@ from prunetune.utils import environment
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
+from prunetune.utils.untrusted import parse_json
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
 
@@ -83,7 +87,7 @@ def resume_training(
     transform_job: Callable[[TrainingJob], TrainingJob] = lambda job: job,
 ) -> bool:
     """Train from the newest checkpoint to the last step; False where a limit rolled back: call again to continue."""
-    checkpoints = distribute_checkpoints(Checkpoints(context.folder.checkpoints), context.ranks)
+    checkpoints = distribute_checkpoints(Checkpoints(context.folder.checkpoints, context.base), context.ranks)
     state = checkpoints.latest()
     if context.ranks.is_main:
         context.folder.drop_records_after(state.step if state else -1)
@@ -128,9 +132,8 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     """{rate, valid_nll, seconds} of a short run; `valid_nll` is None where it is not finite."""
     folder = RunFolder(context.folder.path / "rates" / f"{rate:g}")
     file = folder.path / "trial.json"
-    if found := context.ranks.broadcast_from_main(file.read_text(encoding="utf-8") if file.exists() else ""):
-        trial: JsonObject = json.loads(found)
-        return trial
+    if finished := context.ranks.broadcast_from_main(_read_trial(file) if file.exists() else {}):
+        return finished
     if context.ranks.is_main:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
     config = with_learning_rate(context.config, rate)
@@ -147,11 +150,23 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     seconds = state.seconds if state else 0.0
     trial = {"rate": rate, "valid_nll": nll if math.isfinite(nll) else None, "seconds": seconds}
     if context.ranks.is_main:
-        write_text(file, json.dumps(trial) + "\n")
+        write_text(file, json.dumps(trial | {"sha256": json_digest(trial)}) + "\n")
         shutil.rmtree(folder.checkpoints)
     context.ranks.barrier()
     gc.collect()  # the trial's model frees its memory before the next is loaded
     return trial
+
+
+def _read_trial(file: Path) -> JsonObject:
+    """A finished trial; empty where the file is not what was written, so that the trial is repeated."""
+    try:
+        trial: JsonObject = parse_json(file.read_bytes())
+        if trial.pop("sha256", None) == json_digest(trial):
+            return trial
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    log.warning("%s is not what was written: this learning rate is tried again", file)
+    return {}
 
 
 def release_other_ranks(context: RunContext) -> RunContext:
@@ -170,8 +185,6 @@ def make_job(
     monitor: Monitor | None = None,
 ) -> TrainingJob:
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
-    from accelerate import Accelerator
-
     config, valid = context.config, context.encoded["valid"].examples
     batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
     streams = {
@@ -190,8 +203,6 @@ def make_job(
         schedule=one_cut_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
-        # Passes set the precision themselves.
-        accelerator=Accelerator(cpu=context.device.type == "cpu", mixed_precision="no"),
         teacher=teacher,
         monitor=monitor,
         ranks=context.ranks,
@@ -230,7 +241,12 @@ def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any
     if distill.teacher == "base":
         shard_layers(model, context.ranks)
     model, is_tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
-    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share)
+    adapters = None
+    if context.config.train.start == "teacher":
+        tuned = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks).latest()
+        assert tuned is not None
+        adapters = tuned.tensors["adapters"]
+    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share, adapters=adapters)
     return lambda _: teacher
 
 
@@ -281,16 +297,7 @@ def measure_budgets(context: RunContext) -> None:
     """Write to the manifest what the model uses of its budgets, timed if need be, and the run's peak memory."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
     if limits is not None and not folder.read_manifest().budgets:
-
-        def open_model() -> Any:
-            generated_code = context.config.layout == "per-layer"
-            return load_model_and_tokenizer(
-                str(folder.model_folder),
-                device=context.device,
-                dtype=DTYPES[workload.dtype],
-                trust_remote_code=generated_code,
-            ).model
-
+        open_model = partial(_load_pruned, context, DTYPES[workload.dtype])
         rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model)
         folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
     folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
@@ -307,19 +314,13 @@ def score_model(context: RunContext, model: Any) -> Evaluation:
 def load_model(context: RunContext, name: str) -> Any:
     """The "pruned" model as it was written, the "dense" one, or the "tuned" dense one, tuned here if it is not yet."""
     if name == "pruned":
-        verify_checksums(context.folder.model_folder)
-        generated_code = context.config.layout == "per-layer"  # that this run generated and checked
-        return load_model_and_tokenizer(
-            str(context.folder.model_folder),
-            device=context.device,
-            dtype=context.dtype,
-            trust_remote_code=generated_code,
-        ).model
+        return _load_pruned(context, context.dtype)
     if name == "tuned":
         model = context.load_for_training()
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
         context.console.stage("tune the dense model (once: what is done is kept)", context.config.train.steps)
-        checkpoints = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks)
+        store = Checkpoints(context.folder.dense_tuned_checkpoints, context.base)
+        checkpoints = distribute_checkpoints(store, context.ranks)
         plain = plain_lora_config(context)
         train_config = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
         plain = replace(plain, config=replace(plain.config, train=train_config))
@@ -328,3 +329,7 @@ def load_model(context: RunContext, name: str) -> Any:
             finalize_adapters(model)
         return model
     return context.load_dense().model
+
+
+def _load_pruned(context: RunContext, dtype: torch.dtype) -> Any:
+    return load_model_and_tokenizer(str(context.folder.model_folder), device=context.device, dtype=dtype).model

@@ -190,7 +190,8 @@ def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
         if trainable:
             # A copy even where it is float32 already: a teacher may share the weight, see `shared_weights`.
             base.weight = nn.Parameter(base.weight.to(torch.float32, copy=True), requires_grad=True)
-        _add_adapters(base, module)
+        for adapter, lora_a in module.lora_A.items():
+            add_adapter(base, base.weight.data, lora_a.weight, module.lora_B[adapter].weight, module.scaling[adapter])
         replace_module(model, name, base)
 
 
@@ -207,15 +208,11 @@ def finalize_adapters(model: Any) -> None:
             parameter.data = parameter.data.to(model.dtype)
 
 
-def _add_adapters(linear: Any, layer: Any) -> None:
-    """Add scale * B A to the stored weight, in place and in chunks, so that no second weight is held."""
-    weight = linear.weight.data
+def add_adapter(linear: nn.Module, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+    """Add scale * B A to a weight as this linear stores it, in place and in chunks, so that no second one is held."""
+    a, b = lora_a.float(), lora_b.float()
     step = max(1, MERGE_CHUNK // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        total = weight[rows].float()
-        for name, a in layer.lora_A.items():
-            a, b = a.weight.float(), layer.lora_B[name].weight.float()
-            left, right = (a[:, rows].t(), b.t()) if is_transposed(linear) else (b[rows], a)
-            total = torch.addmm(total, left, right, alpha=layer.scaling[name])
-        weight[rows] = total.to(weight.dtype)
+        left, right = (a[:, rows].t(), b.t()) if is_transposed(linear) else (b[rows], a)
+        weight[rows] = torch.addmm(weight[rows].float(), left, right, alpha=scale).to(weight.dtype)

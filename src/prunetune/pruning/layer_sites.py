@@ -21,17 +21,9 @@ def count_base_params(module: nn.Module) -> int:
 
 def layer_target_modules(model: nn.Module, architecture: ArchitectureInfo, prefix: str) -> list[str]:
     """The linears of one layer that get adapters."""
-    layer = model.get_submodule(prefix)
+    present = dict(model.get_submodule(prefix).named_modules())
     names = [name for block in architecture.blocks.values() for name in (*block.producers, block.consumer)]
-    return [f"{prefix}.{name}" for name in names if _has_module(layer, name)]
-
-
-def _has_module(layer: nn.Module, name: str) -> bool:
-    try:
-        layer.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+    return [f"{prefix}.{name}" for name in names if name in present]
 
 
 @dataclass(frozen=True)
@@ -178,7 +170,8 @@ class LayerSites:
     def _mixture(self) -> MixtureOfExperts | None:
         """The family's experts, where this layer has them."""
         mixture = self.architecture.family.mixture
-        return mixture if mixture and _has_module(self.model.get_submodule(self.prefix), mixture.experts) else None
+        layer = self.model.get_submodule(self.prefix)
+        return mixture if mixture and mixture.experts in dict(layer.named_modules()) else None
 
     def _plain_mlp_linears(self) -> tuple[str, ...]:
         """The linears of a plain MLP; none where the layer has experts, which are removed as one module."""

@@ -137,17 +137,6 @@ def quantize_linears_to_nf4(
         replace_module(model, name, linear)
 
 
-@torch.no_grad()
-def round_linears_to_nf4(model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device) -> None:
-    """Round the weights of every linear that gets adapters to their 4-bit values, in place, in their own dtype.
-
-    `dtype` and `device` are those of the run that tuned the adapters, so that the base is the one it tuned on.
-    """
-    for name, axis in cut_axes(model, sites).items():
-        linear = get_base_linear(model, name)
-        linear.weight.copy_(round_to_nf4(linear, linear.weight, cut_axis=axis, dtype=dtype, device=device))
-
-
 def round_to_nf4(
     linear: nn.Module, weight: Tensor, *, cut_axis: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

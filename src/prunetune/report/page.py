@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,24 @@ def write_report(run_folder: Path) -> Path:
     """
     target, run = run_folder / "report.html", read_run(run_folder)
     if run.manifest.sizes:
-        page = _render("size_frontier.html.j2", size_frontier.template_context(run_folder, run))
+        template, values = "size_frontier.html.j2", size_frontier.template_context(run_folder, run)
     else:
-        page = _render("template.html.j2", _template_context(run))
-    write_text(target, page)
+        template, values = "template.html.j2", _template_context(run)
+    write_text(target, printable(template_environment().get_template(template).render(values)))
     return target
 
 
-def _render(template: str, context: Mapping[str, Any]) -> str:
+def template_environment(*folders: Path) -> jinja2.Environment:
+    """An environment of the templates in these folders and in the report's, with filters for numbers."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "count": formatting.count,
-        "decimal": formatting.decimal,
-        "share": formatting.share,
+        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
         "ranges": kept_layers.format_ranges,
-    }
-    return printable(environment.get_template(template).render(context))
+    }  # fmt: skip
+    return environment
 
 
 def _template_context(run: RunFiles) -> dict[str, Any]:

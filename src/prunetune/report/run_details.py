@@ -46,6 +46,10 @@ def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
     manifest, memory = run.manifest, run.manifest.peak_memory_mb
     if memory is None:
         memory = max(_logged_numbers(run, "memory_mb"), default=None)
+    versions: dict[str, dict[str, None]] = {}  # of each package, in the order in which they worked on the run
+    for environment in manifest.known_environments:
+        for name, version in environment.versions.items():
+            versions.setdefault(name, {})[version] = None
     rows = {
         "Model": run.model_name,
         "Result": ", ".join(filter(None, (manifest.pruned.class_name, manifest.pruned.layout))),
@@ -55,7 +59,7 @@ def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
         "Seed": _as_text(manifest.seeds) or _as_text(lookup(run.config, "seed")),
         "Budgets": "; ".join(f"{budget.budget} {budget.words}" for budget in manifest.budgets),
         "Peak memory": None if memory is None else f"{formatting.count(memory)} MB",
-        **manifest.versions,
+        **{name: ", then ".join(used) for name, used in versions.items()},
     }
     return [(name, value) for name, value in rows.items() if value]
 

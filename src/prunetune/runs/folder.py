@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "tuned"
 
     @property
+    def latency_table_file(self) -> Path:
+        """The latency table by which budgets of time were set, for as long as the run is resumed."""
+        return self.path / "latency.json"
+
+    @property
     def bench_file(self) -> Path:
         """Speed of the dense and the pruned model, measured in turns."""
         return self.path / "bench.json"
@@ -98,7 +103,8 @@ class RunFolder:
                 records, _ = read_json_lines(file)
                 write_json_lines(file, [record for record in records if record.get("step") in range(step + 1)])
         for file in (self.path / "decisions").glob("step-*.json"):
-            if int(file.stem.removeprefix("step-")) > step:
+            number = file.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
                 file.unlink()
 
 
@@ -146,8 +152,8 @@ def _raise_if_not_writable(path: Path) -> None:
 
 
 def _has_contents(path: Path) -> bool:
-    """Whether it holds more than the partial files that a run leaves when it is killed at its start."""
-    return path.exists() and any(child.suffix != PARTIAL for child in path.iterdir())
+    """Whether it holds more than what is left by a run that is killed at its start: partial files, empty folders."""
+    return any(child.suffix != PARTIAL and not child.is_dir() for child in path.rglob("*"))
 
 
 def _raise_if_recipe_changed(recipe: Path, config: RunConfig, changeable: Collection[str]) -> None:

@@ -25,11 +25,6 @@ class Decision:
         """The gates of a plan, with it."""
         return cls(detach_to(gates_from_plan(plan, sites), device), plan)
 
-    @classmethod
-    def dense(cls, sites: Sequence[Site], device: torch.device | str = "cpu") -> Decision:
-        """Gates that keep everything, without a plan."""
-        return cls({site.name: torch.ones(site.units, device=device) for site in sites})
-
 
 def detach_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """{site: [U]} detached and on a device, in one transfer instead of one per site."""

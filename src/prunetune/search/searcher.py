@@ -12,7 +12,6 @@ from prunetune.cost.parameters import keep_ratio_loss, kept_share
 from prunetune.pruning.units import Site
 from prunetune.search.decision import Decision, detach_to, split_like
 from prunetune.search.decision_generator import DecisionGenerator
-from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from prunetune.utils.seeds import derive_seed
@@ -39,10 +38,7 @@ class Searcher:
         return logits
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Soft gates of a generator step with their gradient, {site: [U]}.
-
-        The generator's dropout acts; it and the noise depend on the run's seed and the step alone.
-        """
+        """Soft gates {site: [U]} of a generator step, differentiable: functions of seed and step; its dropout acts."""
         dropout_rng = torch.Generator().manual_seed(derive_seed(self.seed, "generator-dropout", step))
         return self._draw(self.generator(dropout_rng), "search", step)
 
@@ -54,6 +50,14 @@ class Searcher:
         limits = self.constraints.limits
         target = limits.price_share_at(self.allowed_keep) if limits else self.allowed_keep
         return keep_ratio_loss(kept_share(_rounded(gates), self.sites, limits.prices if limits else None), target)
+
+    def backward(self, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
+        """Add the gradients of the model's loss, known at the gates, and of the budget loss; returns the latter."""
+        budget_loss = self.budget_loss(gates)
+        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
+        loss = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
+        (loss + self.config.ratio_weight * budget_loss).backward()  # type: ignore[no-untyped-call]
+        return float(budget_loss.detach())
 
     @torch.no_grad()
     def decide(self, step: int) -> Decision:
@@ -76,3 +80,19 @@ class Searcher:
 def _rounded(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{site: [U]}, each 0 or 1, with the gradient of the gates."""
     return split_like(gates, round_straight_through(torch.cat(list(gates.values()))))
+
+
+def gumbel_sigmoid(logits: Tensor, *, temperature: float, offset: float, rng: torch.Generator) -> Tensor:
+    """Soft gates in (0, 1), of the shape of the logits: sigmoid((logits + noise + offset) / temperature).
+
+    The noise is one Gumbel draw, so a gate is above 0.5 with probability 1 - exp(-exp(logit + offset)): at logit 0 and
+    offset 3 with 1 - 2e-9, and training starts dense.
+    """
+    exponential = torch.empty(logits.shape, dtype=torch.float64).exponential_(generator=rng)
+    noise = -exponential.log().to(logits.device, logits.dtype)  # minus the log of an exponential draw is Gumbel
+    return torch.sigmoid((logits + noise + offset) / temperature)
+
+
+def round_straight_through(soft: Tensor) -> Tensor:
+    """1 above 0.5, else 0, with the gradient of `soft`."""
+    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())

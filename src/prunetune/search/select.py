@@ -116,9 +116,11 @@ def _candidate_blocks(
     The last block of a site has the rest of its units. A block ranks no higher than the units around it.
     """
     candidates: list[tuple[float, int, int, int]] = []
+    ceilings = {"": math.inf}  # by site: what no block inside it exceeds, so that none comes before the unit around it
     for index, site in enumerate(nested_sites.sites):
         start, max_width, size = widths[site.name], nested_sites.max_width(site), block_size(site, constraints)
-        ceiling = _score_ceiling(nested_sites, site, widths)
+        ceiling = ceilings[site.parent]
+        ceilings[site.name] = ceiling if start else min(ceiling, nested_sites.best_score(site))
         score_sums = torch.zeros(max_width + 1, dtype=torch.float64)  # of the best n units, n from 0
         torch.cumsum(nested_sites.mean_scores(site)[:max_width], 0, out=score_sums[1:])
         edges = [*range(start, max_width, size), max_width]
@@ -130,23 +132,8 @@ def _candidate_blocks(
     return sorted(candidates)
 
 
-def _score_ceiling(nested_sites: NestedSites, site: Site, widths: SiteWidths) -> float:
-    """The score that no block of this site exceeds, so that it never comes before the first unit around it.
-
-    Infinite if these widths keep such a unit already.
-    """
-    parent = nested_sites.parent(site)
-    if parent is None:
-        return math.inf
-    parent_score = math.inf if widths[parent.name] else nested_sites.best_score(parent)
-    return min(parent_score, _score_ceiling(nested_sites, parent, widths))
-
-
 class BudgetTracker:
-    """Costs of a plan that grows, layer by layer, and whether its next block fits under every limit.
-
-    `cost_limits` are pairs of a cost and the limit on it.
-    """
+    """Costs of a plan that grows, layer by layer, and whether its next block fits under every (cost, limit)."""
 
     def __init__(self, nested_sites: NestedSites, cost_limits: Sequence[tuple[Cost, float]]) -> None:
         self.nested_sites, self.cost_limits = nested_sites, tuple(cost_limits)

@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from prunetune.errors import PlanError
 from prunetune.pruning.units import Site, UnitKind
 from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import PlanConstraints, block_size, min_width
 
-HEADS = (UnitKind.KV_GROUP, UnitKind.QUERY_HEAD)
+Shape = dict[UnitKind, int]  # kind -> width, 0 where it is not pruned; of UnitKind.LAYER the number of layers
 FitsBudgets = Callable[[SiteWidths], bool]  # whether these widths are within all budgets but that of parameters
-
-
-@dataclass(frozen=True)
-class UniformCounts:
-    """A shape without its channels: the number of layers, and the width of every other kind in each of them."""
-
-    layers: int
-    groups: int = 0
-    queries: int = 0  # query heads of a KV group
-    experts: int = 0
-
-
-Fits = dict[UniformCounts, tuple[int, int]]  # counts -> (parameters, channels) of a shape within the budgets
 
 
 class UniformPlanner:
@@ -43,13 +30,10 @@ class UniformPlanner:
         self.nested_sites, self.constraints = nested_sites, constraints
         # Protected layers are kept, but may be as narrow as all others.
         self.width_constraints = replace(constraints, protected=frozenset())
-        self.layer_sites = tuple(site for site in nested_sites.sites if site.kind is UnitKind.LAYER)
-        if self.layer_sites:
-            self.num_layers = sum(nested_sites.max_width(site) > 0 for site in self.layer_sites)
-        else:
-            self.num_layers = len({site.layer for site in nested_sites.sites})
+        self.layer_sites = {site.layer: site for site in nested_sites.sites if site.kind is UnitKind.LAYER}
         first = nested_sites.sites[0].layer
-        self.sites_by_kind = {site.kind: site for site in nested_sites.sites if site.layer == first}
+        self.first_layer = NestedSites([site for site in nested_sites.sites if site.layer == first])
+        self.sites_by_kind = {site.kind: site for site in self.first_layer.sites}
         self.score_sums: dict[tuple[str, int, int], float] = {}  # by site, width, width of its parent
         self.lowest_score = min([0.0, *(float(own.min()) for own in nested_sites.ranked_scores.values())])
         block_kinds = (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK)
@@ -61,34 +45,34 @@ class UniformPlanner:
 
     # -- legal shapes ----------------------------------------------------------------------------------------------
 
-    def legal_counts(self) -> Iterator[UniformCounts]:
-        """All legal numbers of layers, KV groups, query heads and experts."""
-        min_layers = self.num_layers
-        if self.layer_sites:
-            min_layers = max(1, sum(min_width(site, self.constraints) for site in self.layer_sites))
-        layer_range, kinds = range(min_layers, self.num_layers + 1), (UnitKind.EXPERT, *HEADS)
-        for layers, experts, groups, queries in itertools.product(layer_range, *map(self._width_range, kinds)):
-            if self._allows_heads(groups, queries):
-                yield UniformCounts(layers, groups, queries, experts)
+    def legal_shapes(self) -> Iterator[Shape]:
+        """All legal numbers of layers, KV groups, query heads and experts, each with the narrowest channels."""
+        kinds = (UnitKind.LAYER, UnitKind.EXPERT, UnitKind.KV_GROUP, UnitKind.QUERY_HEAD)
+        narrowest, constraints = self.channel_widths()[0], self.constraints
+        for widths in itertools.product(*map(self._width_range, kinds)):
+            shape = with_channels(dict(zip(kinds, widths, strict=True)), narrowest)
+            groups, heads = shape[UnitKind.KV_GROUP], self.sites_by_kind.get(UnitKind.QUERY_HEAD)
+            if heads:  # where KV groups are not pruned, all are kept
+                allowed = constraints.allows_groups(groups or heads.parent_groups, shape[UnitKind.QUERY_HEAD])
+            else:
+                allowed = not groups or constraints.allows_groups(groups)
+            if allowed and groups % constraints.tensor_parallel == 0:
+                yield shape
 
     def _width_range(self, kind: UnitKind) -> range:
         """Widths of a kind, from the least to the most; 0 alone where the kind is not pruned."""
-        site = self.sites_by_kind.get(kind)
-        if site is None:
+        if kind is UnitKind.LAYER:
+            most = sum(self.nested_sites.max_width(site) > 0 for site in self.layer_sites.values())
+            least = max(1, sum(min_width(site, self.constraints) for site in self.layer_sites.values()))
+            number = len({site.layer for site in self.nested_sites.sites})
+            return range(least, most + 1) if self.layer_sites else range(number, number + 1)
+        if kind not in self.sites_by_kind:
             return range(1)
-        return range(max(1, min_width(site, self.width_constraints)), self._max_width(kind) + 1)
+        return range(max(1, min_width(self.sites_by_kind[kind], self.width_constraints)), self._max_width(kind) + 1)
 
     def _max_width(self, kind: UnitKind) -> int:
         """The most units that a group may keep in any layer."""
         return max(self.nested_sites.max_width(site) for site in self.nested_sites.sites if site.kind == kind)
-
-    def _allows_heads(self, groups: int, queries: int) -> bool:
-        if groups % self.constraints.tensor_parallel:
-            return False
-        if site := self.sites_by_kind.get(UnitKind.QUERY_HEAD):
-            # Where KV groups are not pruned, all are kept.
-            return self.constraints.allows_groups(groups or site.parent_groups, queries)
-        return self.constraints.allows_groups(groups) if groups else True
 
     def channel_widths(self) -> list[int]:
         """Ascending widths of an MLP or of an expert; 0 alone where channels are not pruned."""
@@ -98,24 +82,25 @@ class UniformPlanner:
         narrowest, widest = min_width(site, self.width_constraints), self._max_width(site.kind)
         return [*range(narrowest, widest, block_size(site, self.width_constraints)), widest]
 
-    # -- widths and parameters of a shape --------------------------------------------------------------------------
+    def shapes_within(self, target_params: int, fits_budgets: FitsBudgets | None) -> Iterator[Shape]:
+        """The shapes within the budgets, each with the widest channels that fit: wider ones cost no less."""
+        for narrowest in self.legal_shapes():
+            shapes = [with_channels(narrowest, width) for width in self.channel_widths()]
+            count = bisect.bisect_right(shapes, target_params, key=self.total_params)
+            if fits_budgets is not None:
+                count = bisect.bisect_left(
+                    shapes, True, hi=count, key=lambda shape: not fits_budgets(self.widths_by_site(shape))
+                )
+            if count:
+                yield shapes[count - 1]
 
-    def widths_by_kind(self, counts: UniformCounts, channels: int) -> dict[UnitKind, int]:
-        """The shape as widths of a layer that is kept: {kind: units of each open group}."""
-        return {
-            UnitKind.LAYER: 1,
-            UnitKind.KV_GROUP: counts.groups,
-            UnitKind.QUERY_HEAD: counts.queries,
-            UnitKind.EXPERT: counts.experts,
-            UnitKind.MLP_CHANNEL: channels,
-            UnitKind.EXPERT_CHANNEL: channels,
-        }
+    # -- widths, parameters and scores of a shape ------------------------------------------------------------------
 
-    def widths_by_site(self, counts: UniformCounts, channels: int) -> dict[str, int]:
+    def widths_by_site(self, shape: Shape) -> dict[str, int]:
         """The shape as widths of all sites, with the best layers kept: {site: units of each open group}."""
-        by_kind, kept_layers = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers)
+        kept_layers = self.kept_layers(shape[UnitKind.LAYER])
         return {
-            site.name: int(site.layer in kept_layers) if site.kind is UnitKind.LAYER else by_kind[site.kind]
+            site.name: int(site.layer in kept_layers) if site.kind is UnitKind.LAYER else shape[site.kind]
             for site in self.nested_sites.sites
         }
 
@@ -128,56 +113,26 @@ class UniformPlanner:
             score = self.nested_sites.best_score(site) if self.nested_sites.ranked_scores else 0.0
             return (-min_width(site, self.constraints), -self.nested_sites.max_width(site), -score, site.layer)
 
-        return {site.layer for site in sorted(self.layer_sites, key=rank)[:number]}
+        return {site.layer for site in sorted(self.layer_sites.values(), key=rank)[:number]}
 
-    def total_params(self, counts: UniformCounts, channels: int) -> int:
+    def total_params(self, shape: Shape) -> int:
         """Prunable parameters of a model of this shape."""
-        by_kind = self.widths_by_kind(counts, channels)
-        widths = {site.name: by_kind[kind] for kind, site in self.sites_by_kind.items()}
-        layer_params = sum(
-            widths[site.name] * site.parent_groups * self.nested_sites.params_with_children(site, widths)
-            for site in self.sites_by_kind.values()
-            if not site.parent
-        )
-        return counts.layers * layer_params
+        widths = {site.name: 1 if kind is UnitKind.LAYER else shape[kind] for kind, site in self.sites_by_kind.items()}
+        return shape[UnitKind.LAYER] * self.first_layer.total_params(widths)
 
-    # -- shapes within the budgets ---------------------------------------------------------------------------------
-
-    def fits(self, target_params: int, fits_budgets: FitsBudgets | None) -> Fits:
-        """The shapes within the budgets, each with the widest channels that fit."""
-        fits: Fits = {}
-        channel_widths = self.channel_widths()
-        narrowest = channel_widths[0]
-        for counts in self.legal_counts():
-            least_params = self.total_params(counts, narrowest)
-            channel_params = self.total_params(counts, narrowest + 1) - least_params
-            params_by_width = {width: least_params + (width - narrowest) * channel_params for width in channel_widths}
-            widths = [width for width in channel_widths if params_by_width[width] <= target_params]
-            if fits_budgets is not None:
-                widths = widths[: self._count_within_budgets(counts, widths, fits_budgets)]
-            if widths:
-                fits[counts] = (params_by_width[widths[-1]], widths[-1])
-        return fits
-
-    def _count_within_budgets(self, counts: UniformCounts, widths: Sequence[int], fits_budgets: FitsBudgets) -> int:
-        """How many of these channel widths fit the budgets, by bisection: wider ones cost no less."""
-        return bisect.bisect_left(widths, True, key=lambda width: not fits_budgets(self.widths_by_site(counts, width)))
-
-    # -- scores of a shape -----------------------------------------------------------------------------------------
-
-    def weighted_score(self, counts: UniformCounts, channels: int) -> float:
+    def weighted_score(self, shape: Shape) -> float:
         """The sum over all kept units of score times parameters: a larger shape never has less, to the bit.
 
         So scores count from the lowest if that is negative, and are added one after the other.
         """
-        by_kind, kept_layers, total = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers), 0.0
+        kept_layers, total = self.kept_layers(shape[UnitKind.LAYER]), 0.0
+        widths = shape | {UnitKind.LAYER: 1}
         for site in self.nested_sites.sites:
             if site.layer in kept_layers:
                 parent = self.nested_sites.parent(site)
-                parent_width = by_kind[parent.kind] if parent else 1
-                key = (site.name, by_kind[site.kind], parent_width)
+                key = (site.name, widths[site.kind], widths[parent.kind] if parent else 1)
                 if key not in self.score_sums:
-                    self.score_sums[key] = self._score_sum(site, by_kind[site.kind], parent_width)
+                    self.score_sums[key] = self._score_sum(site, *key[1:])
                 total += self.score_sums[key] * site.unit_params
         return total
 
@@ -190,31 +145,30 @@ class UniformPlanner:
             kept_parents = (best_parents - nested_sites.first_unit[parent.name]).tolist()
             scores = scores[site.open_parent_groups(kept_parents, parent.units)]
         if self.layer_sites:
-            layer_site = next(layer_site for layer_site in self.layer_sites if layer_site.layer == site.layer)
-            scores = scores.clamp(max=nested_sites.best_score(layer_site) - self.lowest_score)
+            layer_score = nested_sites.best_score(self.layer_sites[site.layer])
+            scores = scores.clamp(max=layer_score - self.lowest_score)
         best = scores[:, :width]
         return float(best.cumsum(1)[:, -1].cumsum(0)[-1]) if best.numel() else 0.0
+
+
+def with_channels(shape: Shape, width: int) -> Shape:
+    """The shape with channels of this width, in MLPs and experts."""
+    return shape | {UnitKind.MLP_CHANNEL: width, UnitKind.EXPERT_CHANNEL: width}
 
 
 def uniform_widths(
     nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
 ) -> dict[str, int]:
-    """Widths of the shape that keeps the highest scores: {site: units of each open group}.
-
-    Raises `PlanError` if no shape is within all budgets.
-    """
+    """Widths {site: units of each open group} of the shape of the highest scores; raises `PlanError` if none fits."""
     planner = UniformPlanner(nested_sites, constraints)
-    fits = planner.fits(target_params, fits_budgets)
-    if not fits:
+    shapes = list(planner.shapes_within(target_params, fits_budgets))
+    if not shapes:
         raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
-    # By score, then by parameters.
-    best = max(fits, key=lambda counts: (planner.weighted_score(counts, fits[counts][1]), fits[counts][0]))
-    return planner.widths_by_site(best, fits[best][1])
+    best = max(shapes, key=lambda shape: (planner.weighted_score(shape), planner.total_params(shape)))
+    return planner.widths_by_site(best)
 
 
 def min_uniform_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
     """Widths of the smallest legal shape: {site: units of each open group}."""
     planner = UniformPlanner(nested_sites, constraints)
-    narrowest = planner.channel_widths()[0]
-    smallest = min(planner.legal_counts(), key=lambda counts: planner.total_params(counts, narrowest))
-    return planner.widths_by_site(smallest, narrowest)
+    return planner.widths_by_site(min(planner.legal_shapes(), key=planner.total_params))

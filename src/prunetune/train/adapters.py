@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.config.recipe import LoraSettings, TrainConfig
-from prunetune.cost.parameters import prunable_params
+from prunetune.config.recipe import LoraSettings
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
-from prunetune.pruning.linears import COLUMNS, ROWS, get_base_linear, is_transposed, stored_axis
-from prunetune.pruning.nf4 import NF4Linear
+from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed, stored_axis
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site, kept_indices, removed_linears
-from prunetune.train.checkpoints import TrainingState
 from prunetune.train.lora_forward import use_fused_forward
 
 ADAPTER_NAME = "default"
@@ -59,16 +56,18 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
         parameter.data = values.to(parameter.device)
 
 
+def copy_adapters(model: nn.Module, adapters: Mapping[str, Tensor]) -> None:
+    """Let a model's adapters begin as others of at most their rank and of the same scale, {name: A or B}, in place."""
+    named = trainable_parameters(model)
+    for name, weight in adapters.items():
+        named[name].data[: weight.shape[0], : weight.shape[1]] = weight
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights that are tuned, by name, in the model's order: adapters, or all that require a gradient once merged."""
     named = dict(model.named_parameters())
     adapters = {name: parameter for name, parameter in named.items() if ".lora_" in name}
     return adapters or {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-
-
-def trains_all_weights(train: TrainConfig, sites: Iterable[Site]) -> bool:
-    """Whether all weights are tuned once the model is cut; `auto` depends on the model's size, never on the machine."""
-    return train.weights == "all" or (train.weights == "auto" and prunable_params(sites) < LARGE_MODEL_PARAMS)
 
 
 @contextmanager
@@ -103,68 +102,33 @@ def cut_tensors(model: nn.Module, state: Mapping[str, Tensor], plan: Plan, sites
     The model tells how its weights are stored, and may be cut already.
     """
     sites, result = tuple(sites), dict(state)
-    for (module, axis), index in kept_indices(plan, sites).items():
-        for name, dim in ((_weight_name(module, axis), axis), (f"{module}.weight", None)):
-            if name in result:
-                dim = stored_axis(get_base_linear(model, module), axis) if dim is None else dim
-                result[name] = result[name].index_select(dim, index.to(result[name].device)).contiguous()
+    for name, dim, index, _ in _kept_entries(model, plan, sites):
+        if name in result:
+            result[name] = result[name].index_select(dim, index.to(result[name].device)).contiguous()
     for module in removed_linears(plan, sites):
         for name in (_weight_name(module, ROWS), _weight_name(module, COLUMNS), f"{module}.weight"):
             result.pop(name, None)
     return result
 
 
-def expand_adapter_tensors(
-    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], plan: Plan, sites: Iterable[Site]
+def expand_tensors(
+    dense: nn.Module, state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]
 ) -> dict[str, Tensor]:
-    """The inverse of `cut_tensors` for adapters: dense shapes again, zero for removed units."""
-    result = {name: state.get(name, torch.zeros(shape)) for name, shape in shapes.items()}
-    for (module, axis), index in kept_indices(plan, sites).items():
-        name = _weight_name(module, axis)
-        if name in state:
-            result[name] = torch.zeros(shapes[name]).index_copy(axis, index, state[name])
+    """The inverse of `cut_tensors`: the dense model's shapes again, zero for removed units, none for removed blocks."""
+    result = dict(state)
+    for name, dim, index, size in _kept_entries(dense, plan, sites):
+        if name in result:
+            cut = result[name]
+            result[name] = cut.new_zeros(*cut.shape[:dim], size, *cut.shape[dim + 1 :]).index_copy(dim, index, cut)
     return result
 
 
-def load_into_dense(model: nn.Module, state: TrainingState, sites: Sequence[Site], train: TrainConfig) -> None:
-    """Load a state into the dense model and its adapters, in place; zero for removed units.
-
-    Weights that adapters were merged into replace the dense ones in float32, as they were tuned; the adapters stay
-    zero. Linears in 4 bits become ordinary ones.
-    """
-    weights = state.tensors["adapters"]
-    if not (state.is_cut and trains_all_weights(train, sites)):
-        named = trainable_parameters(model)
-        if state.is_cut:
-            assert state.plan is not None
-            shapes = {name: parameter.shape for name, parameter in named.items()}
-            weights = expand_adapter_tensors(weights, shapes, state.plan, sites)
-        for name, parameter in named.items():
-            parameter.data = weights[name].to(parameter.device)
-        return
-    assert state.plan is not None
-    indices = kept_indices(state.plan, sites)
-    for name, weight in weights.items():
-        linear = _writable_linear(model, name.removesuffix(".weight"))
-        for axis in (ROWS, COLUMNS):
-            index = indices.get((name.removesuffix(".weight"), axis))
-            if index is not None:
-                dim = stored_axis(linear, axis)
-                shape = [*weight.shape[:dim], linear.weight.shape[dim], *weight.shape[dim + 1 :]]
-                weight = torch.zeros(shape, dtype=weight.dtype).index_copy(dim, index, weight)
-        linear.weight.data = weight.to(linear.weight.device, torch.float32)
-
-
-def _writable_linear(model: nn.Module, name: str) -> Any:
-    """The linear of that name; one in 4 bits, whose weights cannot be set, is replaced by an ordinary one first."""
-    linear = get_base_linear(model, name)
-    if not isinstance(linear, NF4Linear):
-        return linear
-    wrapped = hasattr(model.get_submodule(name), "base_layer")
-    parent, _, child = (f"{name}.base_layer" if wrapped else name).rpartition(".")
-    plain = linear.dequantize()
-    setattr(model.get_submodule(parent), child, plain)
-    return plain
+def _kept_entries(model: nn.Module, plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[str, int, Tensor, int]]:
+    """(name, axis, kept entries along it, entries in the model) of each adapter and weight that a cut shortens."""
+    for (module, axis), index in kept_indices(plan, sites).items():
+        linear = get_base_linear(model, module)
+        yield _weight_name(module, axis), axis, index, axis_size(linear, axis)
+        yield f"{module}.weight", stored_axis(linear, axis), index, axis_size(linear, axis)
 
 
 def _weight_name(module: str, axis: int) -> str:

@@ -6,7 +6,9 @@ and the step.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunetune.errors import PlanError, RunFolderError
+from prunetune.model.identity import ModelIdentity
 from prunetune.plan import Plan
 from prunetune.utils.files import atomic_folder, sha256, write_text
 from prunetune.utils.untrusted import parse_json, read_text
 
+log = logging.getLogger(__name__)
+STATE_FILE = "state.json"
 MAX_CHECKPOINTS = 2  # older ones are deleted
 Tensors = Mapping[str, Tensor]
 # Key in state.json: attribute of `TrainingState`.
@@ -83,10 +89,10 @@ class CheckpointStore(Protocol):
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run, whose adapters fit one base model only: that which is given, if any."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, base: ModelIdentity | None = None) -> None:
+        self.folder, self.base = folder, base
 
     def save(self, state: TrainingState) -> None:
         """Write one checkpoint, all of it or nothing, then delete all but the newest two."""
@@ -97,22 +103,37 @@ class Checkpoints:
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
                 hashes[file.name] = sha256(file)
             plan = json.loads(state.plan.to_json()) if state.plan else None
-            fields = {"step": state.step, "is_cut": state.is_cut, "plan": plan, "sha256": hashes}
+            base = dict(self.base.digests) if self.base else {}
+            fields = {"step": state.step, "is_cut": state.is_cut, "plan": plan, "base": base, "sha256": hashes}
             fields |= {key: getattr(state, attribute) for key, attribute in LATER_FIELDS.items()}
-            write_text(folder / "state.json", json.dumps(fields))
+            fields = parse_json(json.dumps(fields), nan=True)  # as they will be read
+            fields["sha256"][STATE_FILE] = json_digest(fields)
+            write_text(folder / STATE_FILE, json.dumps(fields))
         for old in self._all()[:-MAX_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def latest(self) -> TrainingState | None:
-        """The newest checkpoint that is whole: damaged ones are passed over."""
+        """The newest checkpoint that is whole: damaged ones are passed over, with a warning.
+
+        Raises `RunFolderError` where it was made on another base model.
+        """
         for folder in reversed(self._all()):
-            state = _read(folder)
-            if state is not None:
-                return state
+            try:
+                state, base = _read(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError, SafetensorError) as damage:
+                log.warning("%s: a damaged checkpoint is passed over (%s)", folder, damage)
+                continue
+            if self.base and base and (changes := self.base.changes_since(base)):
+                raise RunFolderError(
+                    f"{folder}: this checkpoint was made on another base model ({changes}): put the old files back, or "
+                    "start anew with another --out"
+                )
+            return state
         return None
 
     def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return [self.folder / f"step-{name}" for name in sorted(filter(str.isdecimal, names), key=int)]
 
 
 class NullCheckpointStore:
@@ -126,14 +147,26 @@ class NullCheckpointStore:
         return None
 
 
-def _read(folder: Path) -> TrainingState | None:
-    try:
-        fields: dict[str, Any] = parse_json(read_text(folder / "state.json"), nan=True)
-        if any(sha256(folder / name) != digest for name, digest in fields["sha256"].items()):
-            return None
-        tensors = {Path(name).stem: load_file(folder / name) for name in fields["sha256"]}
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return None
-    plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] else None
+def _read(folder: Path) -> tuple[TrainingState, Mapping[str, str]]:
+    """(state, digests of its base model's files); raises `ValueError` or what reading damaged values raises."""
+    fields: dict[str, Any] = parse_json(read_text(folder / STATE_FILE), nan=True)
+    hashes = dict(fields["sha256"])
+    seal = hashes.pop(STATE_FILE, None)
+    if seal is None and "base" not in fields:  # by 0.1.0, which sealed the tensors only
+        step_is_wrong = folder.name != f"step-{fields['step']:07d}"
+    else:
+        step_is_wrong = seal != json_digest(fields | {"sha256": hashes})
+    if step_is_wrong:
+        raise ValueError(f"{STATE_FILE} is not what was written")
+    for name, digest in hashes.items():
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    tensors = {Path(name).stem: load_file(folder / name) for name in hashes}
+    plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] is not None else None
     later = {attribute: fields[key] for key, attribute in LATER_FIELDS.items()}
-    return TrainingState(fields["step"], plan, fields["is_cut"], tensors, **later)
+    return TrainingState(fields["step"], plan, fields["is_cut"], tensors, **later), fields.get("base", {})
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, by which a file that holds both is known to be what was written."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -36,24 +36,26 @@ STREAM_POOL_SIZE = 32  # streams that PyTorch hands out, in turn
 Function = Callable[[Sequence[Tensor]], None]
 
 
-def own_stream(device: torch.device) -> OwnStream:
-    """A stream that no other caller still uses, as long as there is one.
+def own_stream(device: torch.device) -> OwnStream | None:
+    """A stream that no other caller still uses; None if all are in use.
 
+    What a thread launches on a stream that another one records would be part of that recording, and replayed with it.
     Matrix products have one workspace per stream: two threads on one stream overwrite each other's.
     """
     with CAPTURE_LOCK:
         for _ in range(STREAM_POOL_SIZE):
             own = OwnStream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             if STREAMS_IN_USE.setdefault(own.stream.cuda_stream, own) is own:
-                break
-    return own
+                return own
+    return None
 
 
 class CudaGraphRecorder:
     """Functions of tensors as CUDA graphs, one per key, recorded at its second call; on a CPU they are just called.
 
     The first call runs as is: it chooses kernels and allocates workspaces, which a recording cannot, and a key that
-    does not recur is not worth recording. Several threads may each have a recorder, on a stream of their own.
+    does not recur is not worth recording. Several threads may each have a recorder, on a stream of their own; where all
+    streams are in use, functions are just called, too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,8 +70,8 @@ class CudaGraphRecorder:
 
         `inputs` may be on the CPU. Raises `ModelError` if the function cannot be recorded.
         """
-        if self.device.type != "cuda":
-            function(inputs)
+        if self._own is None:
+            function([value.to(self.device) for value in inputs])
             return
         if key not in self._warmed_up:
             side, current = self._side_stream(), torch.cuda.current_stream(self.device)

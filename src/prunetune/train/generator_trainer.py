@@ -26,6 +26,7 @@ class GeneratorTrainer:
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
         self.searcher = Searcher(job.sites, job.constraints, job.config, next(job.model.parameters()).device)
+        self.names = [name for name, _ in self.searcher.generator.named_parameters()]
         self.optimizer = adamw(self.searcher.generator.parameters(), lr=job.config.search.learning_rate)
 
     def train_step(self, step: int) -> JsonObject:
@@ -34,30 +35,24 @@ class GeneratorTrainer:
         gates, batch = searcher.sample(step), job.search_stream.batch_at(step)
         work = partial(self.passes.gate_gradients, batch, gates)
         losses, gradients = self.guard.retry_smaller(batch, work, lambda: None)
-        ratio_loss = searcher.budget_loss(gates)
-        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
-        total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
-        job.accelerator.backward(total + job.config.search.ratio_weight * ratio_loss)
-        norm = job.accelerator.clip_grad_norm_(searcher.generator.parameters(), CLIP)
+        ratio_loss = searcher.backward(gates, gradients)
+        norm = torch.nn.utils.clip_grad_norm_(searcher.generator.parameters(), CLIP)
         if not self.guard.should_skip(step, {"generator's gradient": float(norm)}, batch):
             rate = generator_learning_rate(step, job.schedule.search, job.config.search.learning_rate)
             self.optimizer.param_groups[0]["lr"] = rate * self.guard.lr_scale
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": float(ratio_loss.detach())}
+        return {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": ratio_loss}
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Generator and its optimiser, for a checkpoint."""
-        generator = self.searcher.generator
-        optimizer = optimizer_tensors(self.optimizer, list(dict(generator.named_parameters())))
-        return {"generator": generator.state_dict(), "generator_optimizer": optimizer}
+        optimizer = optimizer_tensors(self.optimizer, self.names)
+        return {"generator": self.searcher.generator.state_dict(), "generator_optimizer": optimizer}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore what `state_tensors` returned."""
-        generator = self.searcher.generator
-        generator.load_state_dict(tensors["generator"])
-        names = list(dict(generator.named_parameters()))
-        restore_optimizer(self.optimizer, names, tensors["generator_optimizer"])
+        self.searcher.generator.load_state_dict(tensors["generator"])
+        restore_optimizer(self.optimizer, self.names, tensors["generator_optimizer"])
 
 
 def generator_learning_rate(step: int, steps: int, peak: float) -> float:

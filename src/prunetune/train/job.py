@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from accelerate import Accelerator
-
 from prunetune.config.recipe import RunConfig
 from prunetune.config.score_limits import ScoreLimit
 from prunetune.data.batches import BatchStream
@@ -14,7 +12,6 @@ from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.train.adapters import trains_all_weights
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import Schedule
@@ -69,7 +66,6 @@ class TrainingJob:
     schedule: Schedule
     checkpoints: CheckpointStore
     observer: Observer
-    accelerator: Accelerator
     teacher: Teacher | None = None
     monitor: Monitor | None = None
     ranks: Ranks = SINGLE_PROCESS
@@ -83,16 +79,7 @@ class TrainingJob:
         return self.given_plan is None and self.config.search.method == "generator"
 
     @property
-    def decides_by_scores(self) -> bool:
-        """Whether every cut is decided by scores of the units that are left (progressive removal)."""
-        return self.given_plan is None and not self.uses_generator
-
-    @property
     def weight_owner(self) -> Any | None:
-        """The model that owns the dense weights which the student shares after the cut, if any: the teacher's.
-
-        Only where the two share weights that stay frozen.
-        """
-        if self.teacher is None or not self.teacher.shares_weights or trains_all_weights(self.config.train, self.sites):
-            return None
-        return self.teacher.model
+        """The model, if any, that owns frozen dense weights which the student shares after the cut: the teacher."""
+        shares = self.teacher is not None and self.teacher.shares_weights and self.config.train.weights != "all"
+        return self.teacher.model if self.teacher and shares else None

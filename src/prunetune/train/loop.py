@@ -21,7 +21,7 @@ from __future__ import annotations
 from prunetune.plan import Plan
 from prunetune.search.decision import Decision
 from prunetune.search.select import select
-from prunetune.train.adapters import add_adapters
+from prunetune.train.adapters import add_adapters, copy_adapters
 from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.importance import score_units
 from prunetune.train.job import TrainingJob
@@ -42,11 +42,13 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     continue from with a new model. Raises `LimitBroken` if a limit stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive_seed(job.config.seed, "adapters"))
-    layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
+    if job.teacher is not None and job.teacher.adapters is not None:
+        copy_adapters(job.model, job.teacher.adapters)
+    cut_layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     guard = StepGuard(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
-    weights = WeightTrainer(job, passes, guard, layers)
+    weights = WeightTrainer(job, passes, guard, cut_layers)
     generator = GeneratorTrainer(job, passes, guard) if job.uses_generator else None
     progress = TrainingProgress(job, weights, generator, guard)
     decision = progress.resume()
@@ -62,7 +64,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
             decision = generator.searcher.final_decision()  # no noise, exact budget
 
         if cut := schedule.cut_at(step):
-            if job.decides_by_scores:
+            if generator is None and job.given_plan is None:
                 scores = score_units(job, passes, guard, weights.sites, decision.plan, step)
                 keep, before = schedule.keep_after(cut), decision.plan
                 plan = select(scores, job.sites, keep, job.constraints, larger_plan=before)

@@ -9,7 +9,7 @@ Shapes: N rows of input, R the adapter's rank.
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any
 
 import torch
@@ -24,28 +24,25 @@ HAS_MIXED_DTYPE_MM = torch.version.cuda is not None and hasattr(torch.ops.aten.m
 def use_fused_forward(layer: Any, name: str) -> None:
     """Give a peft LoRA layer this forward, in place, for its one adapter `name`; a layer with dropout keeps peft's."""
     if isinstance(layer.lora_dropout[name], nn.Identity):
-        layer.forward = types.MethodType(_fused_forward(name), layer)
+        layer.forward = functools.partial(_fused_forward, layer, name)
 
 
-def _fused_forward(name: str) -> Any:
-    def forward(layer: Any, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        linear, scale = layer.base_layer, layer.scaling[name]
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        casts = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype  # that a linear computes in
-        accepted = (dtype, torch.float32) if casts else (dtype,)
-        is_accepted = x.dim() > 1 and all(tensor.dtype in accepted for tensor in (x, down, up))
-        if is_accepted and _is_plain(linear, dtype):
-            inputs = x.flatten(0, -2).to(dtype)
-            rows: Tensor = _FusedLora.apply(inputs, linear.weight, linear.bias, down, up, scale)  # type: ignore[no-untyped-call]
-            return rows.view(*x.shape[:-1], len(up))
-        base = linear(x)
-        low = F.linear(x, down)
-        rows = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
-        return rows.view_as(base)
-
-    return forward
+def _fused_forward(layer: Any, name: str, x: Tensor) -> Tensor:
+    """[..., in] -> [..., out]."""
+    linear, scale = layer.base_layer, layer.scaling[name]
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    casts = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype  # that a linear computes in
+    accepted = (dtype, torch.float32) if casts else (dtype,)
+    is_accepted = x.dim() > 1 and all(tensor.dtype in accepted for tensor in (x, down, up))
+    if is_accepted and _is_plain(linear, dtype):
+        inputs = x.flatten(0, -2).to(dtype)
+        rows: Tensor = _FusedLora.apply(inputs, linear.weight, linear.bias, down, up, scale)  # type: ignore[no-untyped-call]
+        return rows.view(*x.shape[:-1], len(up))
+    base = linear(x)
+    low = F.linear(x, down)
+    rows = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
+    return rows.view_as(base)
 
 
 def _is_plain(linear: Any, dtype: torch.dtype) -> bool:

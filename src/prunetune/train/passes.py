@@ -1,7 +1,4 @@
-"""Forward and backward passes of generator and adapter steps: padded anywhere, packed and recorded on a GPU.
-
-Both give the same losses and gradients (`tests/train/test_passes.py`).
-"""
+"""Forward and backward passes: padded anywhere, packed and recorded on a GPU, with the same losses and gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import InitVar, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +32,19 @@ COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
 # Lengths of packed rows are multiples of TOKEN_STEP times this, by the most steps that a recording is replayed for:
 # each length is recorded anew after a cut, which takes as long as twenty replays.
 STEP_FACTORS = {300: 4, 2000: 2}
+PackKind = Literal["tune", "gate gradients", "score"]
 GateTensors = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
 # Over a row, with its teacher; by metric, what a sum over the row is multiplied by to give its part of the mean.
 PackFunction = Callable[[PackedBatch, Mapping[str, Tensor], Teacher | None], None]
+
+
+@dataclass
+class PassSize:
+    """How much memory a pass takes: a `StepGuard` lowers it where memory runs out."""
+
+    micro_tokens: int  # most tokens of one pass
+    recompute: bool  # layers are computed again for the backward pass, see `model/activation_checkpointing.py`
 
 
 class Passes(Protocol):
@@ -47,8 +53,7 @@ class Passes(Protocol):
     Losses are means over the batch, by metric; gradients are of their sum.
     """
 
-    micro_tokens: int  # most tokens of one pass
-    recompute: bool  # layers are computed again for the backward pass, see `model/activation_checkpointing.py`
+    size: PassSize
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient."""
@@ -99,14 +104,13 @@ class _BasePasses:
 
     def __post_init__(self, config: RunConfig) -> None:
         self.loss = TrainingLoss.from_config(config, has_teacher=self.teacher is not None)
-        self.micro_tokens = config.train.micro_tokens
-        self.recompute = uses_checkpointing(config)
+        self.size = PassSize(config.train.micro_tokens, uses_checkpointing(config))
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
 
     def _checkpointed(self) -> AbstractContextManager[object]:
-        return use_checkpointing(self.model) if self.recompute else nullcontext()
+        return use_checkpointing(self.model) if self.size.recompute else nullcontext()
 
 
 class PaddedPasses(_BasePasses):
@@ -120,12 +124,11 @@ class PaddedPasses(_BasePasses):
         leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
-        missing = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if leaf.grad is None}
-        return losses, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None} | missing
+        return losses, {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         with self._gated(gates, "gated"):
-            return mean_loss(self.model, examples, self.pad_id, self.micro_tokens, self.ranks)
+            return mean_loss(self.model, examples, self.pad_id, self.size.micro_tokens, self.ranks)
 
     def reset_recordings(self) -> None:
         pass
@@ -137,7 +140,7 @@ class PaddedPasses(_BasePasses):
         with self._checkpointed():
             for seen_by, subset in split_by_teacher(examples, self.teacher):
                 counts = self.loss.normalisers(examples, subset)
-                for inputs in micro_batch_inputs(subset, self.pad_id, self.micro_tokens, device, self.ranks):
+                for inputs in micro_batch_inputs(subset, self.pad_id, self.size.micro_tokens, device, self.ranks):
                     losses = self.loss(self.model, inputs, seen_by)
                     means = {metric: value / counts[metric] for metric, value in losses.items()}
                     torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
@@ -169,24 +172,20 @@ class PackedPasses(_BasePasses):
         self.use_sites(self.sites, config.train.steps)
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        self._make_gradients()
-        if gates is None:
-            return self._run_packs(examples, "tune", self._forward_backward, self.teacher)
-        self._set_gates(gates)
-        return self._run_packs(examples, "tune gated", self._tune_gated, self.teacher)
+        self.trainable = self.trainable or list(trainable_parameters(self.model).values())
+        for parameter in self.trainable:  # a recorded pass adds to gradients that are there
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return self._run_packs("tune", examples, gates, self._forward_backward)
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         assert self.gates.grad is not None
-        self._set_gates(gates)
         self.gates.grad.zero_()
-        losses = self._run_packs(examples, "gate gradients", self._gate_gradients_pass, self.teacher)
+        losses = self._run_packs("gate gradients", examples, gates, self._forward_backward)
         return losses, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
-        if gates is None:
-            return self._run_packs(examples, "score", self._score)["loss"]
-        self._set_gates(gates)
-        return self._run_packs(examples, "score gated", self._score_gated)["loss"]
+        return self._run_packs("score", examples, gates, self._score)["loss"]
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
@@ -200,22 +199,38 @@ class PackedPasses(_BasePasses):
         self.trainable = []
 
     def _run_packs(
-        self, examples: Sequence[Example], kind: str, function: PackFunction, teacher: Teacher | None = None
+        self, kind: PackKind, examples: Sequence[Example], gates: GateTensors | None, function: PackFunction
     ) -> Losses:
         """Run `function` on packs of all examples, recorded by kind, teacher and shape; mean losses by metric."""
         self.totals.zero_()
-        for seen_by, subset in split_by_teacher(examples, teacher):
+        if gates is not None:
+            self.gates.detach().copy_(torch.cat([gates[site.name].detach() for site in self.sites]))
+        for seen_by, subset in split_by_teacher(examples, None if kind == "score" else self.teacher):
             counts = self.loss.normalisers(examples, subset)
             shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
-            for group in group_for_packing(self.ranks.local_examples(subset), self.micro_tokens):
+            local = self.ranks.split_examples(subset)[self.ranks.rank]
+            for group in group_for_packing(local, self.size.micro_tokens):
                 pack = pack_examples(group, self.pad_id, max_sequences=len(examples), step_factor=self.step_factor)
 
                 def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:
                     by_metric = dict(zip(self.loss.metrics, inputs[-1], strict=True))
-                    function(pack.with_tensors(inputs[:-1]), by_metric, seen_by)
+                    with nullcontext() if gates is None else self._gated(kind):
+                        function(pack.with_tensors(inputs[:-1]), by_metric, seen_by)
 
-                self.recorder.run((kind, seen_by is None, *pack.shape_key), run, [*pack.tensors(), shares])
+                key = ((kind, gates is None), seen_by is None, *pack.shape_key)
+                self.recorder.run(key, run, [*pack.tensors(), shares])
         return dict(zip(self.loss.metrics, self.totals.tolist(), strict=True))
+
+    @contextmanager
+    def _gated(self, kind: PackKind) -> Iterator[None]:
+        mode: AdapterGating = "free" if kind == "tune" else "gated"
+        differentiable = kind == "gate gradients"
+        gates = self._by_site(self.gates if differentiable else self.gates.detach())
+        with (
+            frozen_adapters(self.model) if differentiable else nullcontext(),
+            masked(self.model, gates, adapters=mode, sites=self.sites),
+        ):
+            yield
 
     def _forward_backward(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with self._packed(), self._checkpointed():
@@ -235,34 +250,12 @@ class PackedPasses(_BasePasses):
                 stack.enter_context(use_compiled_kernels(*models))
             yield
 
-    def _tune_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
-        with masked(self.model, self._by_site(self.gates.detach()), adapters="free", sites=self.sites):
-            self._forward_backward(row, shares, teacher)
-
-    def _gate_gradients_pass(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
-        with frozen_adapters(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
-            self._forward_backward(row, shares, teacher)
-
     @torch.no_grad()
     def _score(self, row: PackedBatch, shares: Mapping[str, Tensor], _: Teacher | None = None) -> None:
         with self._packed():
             self.sums["loss"] += summed_answer_loss(self.model, inputs_from_pack(row)) * shares["loss"]
 
-    def _score_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], _: Teacher | None = None) -> None:
-        with masked(self.model, self._by_site(self.gates.detach()), sites=self.sites):
-            self._score(row, shares)
-
-    def _set_gates(self, gates: GateTensors) -> None:
-        self.gates.detach().copy_(torch.cat([gates[site.name].detach() for site in self.sites]))
-
     def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
         """[all units] as {site: [U]}."""
         by_site = torch.split(flat, [site.units for site in self.sites])
         return {site.name: values for site, values in zip(self.sites, by_site, strict=True)}
-
-    def _make_gradients(self) -> None:
-        """Give every adapter a gradient before a pass is recorded, which then adds to it."""
-        self.trainable = self.trainable or list(trainable_parameters(self.model).values())
-        for parameter in self.trainable:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from prunetune.cost.parameters import kept_share
-from prunetune.errors import RunFolderError
 from prunetune.search.decision import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors
@@ -34,7 +33,8 @@ class TrainingProgress:
     ) -> None:
         self.job, self.guard = job, guard
         self.weight_trainer, self.generator_trainer = weight_trainer, generator_trainer
-        self.validation = Validation(job, weight_trainer, generator_trainer.searcher if generator_trainer else None)
+        searcher = generator_trainer.searcher if generator_trainer else None
+        self.validation = Validation(job, weight_trainer, searcher, self._state)
         self.step = 0
         self.recorded: Decision | None = None  # the newest decision in the records
         self.gates: Mapping[str, Tensor] = {}  # of that decision, on the CPU
@@ -47,18 +47,10 @@ class TrainingProgress:
         return self.validation.history.schedule
 
     def resume(self) -> Decision:
-        """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there.
-
-        Raises `RunFolderError` for a checkpoint of version 0.1.0 whose model is not cut: how that decided is gone.
-        """
+        """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there."""
         job, state = self.job, self.job.checkpoints.latest()
         loaded = state or job.start_state
         self.validation.resume(state)
-        if state is not None and not state.is_cut and not self.schedule.cuts:
-            raise RunFolderError(
-                f"the run was begun by version 0.1.0 and stopped at step {state.step}, before its cut: this version "
-                "decides otherwise; finish it with 0.1.0, or start anew with another --out"
-            )
         if loaded is not None:
             if loaded.is_cut and loaded.plan is not None:
                 self.weight_trainer.apply_cut(loaded.plan, self.schedule.stage_steps(state.step - 1 if state else 0))
@@ -69,7 +61,8 @@ class TrainingProgress:
             self.guard.restore(state.guard_state)
             self.step, self.started = state.step, self.started - state.seconds
         plan = job.given_plan if loaded is None else loaded.plan
-        decision = Decision.from_plan(plan, job.sites) if plan else Decision.dense(job.sites)
+        dense_gates = {site.name: torch.ones(site.units) for site in job.sites}
+        decision = Decision.from_plan(plan, job.sites) if plan else Decision(dense_gates)
         if state is not None and plan:
             self.recorded, self.gates = decision, decision.gates
             self.kept = float(kept_share(decision.gates, job.sites))
@@ -95,7 +88,7 @@ class TrainingProgress:
 
     def validate(self, record: JsonObject, decision: Decision) -> Decision:
         """Score the decided sub-network if a validation is due; a limit may change the decision from here on."""
-        return self.validation.validate_if_due(record, decision, self._state)
+        return self.validation.validate_if_due(record, decision)
 
     def save_if_due(self, decision: Decision) -> None:
         """Save a checkpoint every `train.checkpoint_every` steps, and where a phase ends."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from prunetune.config.recipe import RunConfig, TrainConfig
+from prunetune.errors import RunFolderError
 
 Phase = Literal["search", "settle", "prune", "tune"]
 
@@ -79,9 +80,11 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
-        """Read what `to_dict` wrote; one of version 0.1.0, of another search, gives a schedule without cuts."""
+        """Read what `to_dict` wrote; raises `RunFolderError` for a schedule of version 0.1, which decided otherwise."""
         if "cuts" not in values:
-            return cls(values["steps"], (), values["keep"])
+            raise RunFolderError(
+                "the run was begun by version 0.1, which decided otherwise: finish it there, or start anew with --out"
+            )
         fields = {"allowed_keep" if name == "keep" else name: value for name, value in values.items()}
         return cls(**{**fields, "cuts": tuple(Cut(**cut) for cut in values["cuts"])})
 

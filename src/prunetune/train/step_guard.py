@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -39,13 +39,14 @@ class StepGuard:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `restore` reads it back."""
-        return {"skipped": self.skipped, "micro_tokens": self.passes.micro_tokens, "recompute": self.passes.recompute}
+        return {"skipped": self.skipped, **asdict(self.passes.size)}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Continue from what a checkpoint holds."""
+        size = self.passes.size
         self.skipped = int(values.get("skipped", 0))
-        self.passes.micro_tokens = int(values.get("micro_tokens", self.passes.micro_tokens))
-        self.passes.recompute = bool(values.get("recompute", self.passes.recompute))
+        size.micro_tokens = int(values.get("micro_tokens", size.micro_tokens))
+        size.recompute = bool(values.get("recompute", size.recompute))
 
     def should_skip(self, step: int, values: Mapping[str, float], batch: Sequence[Example]) -> bool:
         """Whether a value of the step is not finite, so that its update is to be skipped; this is counted and logged.
@@ -72,21 +73,22 @@ class StepGuard:
         If a single example is too large, activations are recomputed from then on (`train.checkpointing`). Raises
         torch's error if that does not help, either.
         """
+        size = self.passes.size
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                smaller = self.passes.micro_tokens // 2
+                smaller = size.micro_tokens // 2
                 fits = smaller >= max(len(example.token_ids) for example in examples)
-                if not fits and (self.passes.recompute or not self.may_recompute):
+                if not fits and (size.recompute or not self.may_recompute):
                     raise
             # Out of the handler, whose traceback held the tensors of the pass.
             if fits:
                 log.warning("out of GPU memory: passes of %d tokens from here on, of the same examples", smaller)
-                self.passes.micro_tokens = smaller
+                size.micro_tokens = smaller
             else:
                 log.warning("out of GPU memory with one example: activations are recomputed from here on (slower)")
-                self.passes.recompute = True
+                size.recompute = True
             self.passes.reset_recordings()
             undo()
             if torch.cuda.is_available():

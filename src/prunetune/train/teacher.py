@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.cost.parameters import prunable_params
 from prunetune.data.encoding import Example
 from prunetune.pruning.teacher_student_weights import copy_sharing_weights
 from prunetune.pruning.units import Site
-from prunetune.train.adapters import LARGE_MODEL_PARAMS, trains_all_weights
+from prunetune.train.adapters import LARGE_MODEL_PARAMS
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Teacher:
     is_tuned: bool = True  # on the task; an untuned one counts only on tokens without a label
     shares_weights: bool = False  # its weights are the student's, see `pruning/teacher_student_weights.py`
     share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
+    adapters: Mapping[str, Tensor] | None = None  # that it was tuned with, where the student starts from them
 
     def __post_init__(self) -> None:
         assert 0 < self.share <= 1, "`resolve_auto` decides what 0 means"
@@ -45,10 +48,7 @@ def split_by_teacher(
 
 
 def base_teacher(model: Any, distill: DistillConfig) -> Teacher:
-    """The untuned model, over the student's own tensors; to be made before adapters are added to the student.
-
-    `distill` is of a recipe that `resolve_auto` has decided.
-    """
+    """The untuned model, over the student's own tensors; to be made before adapters are added to the student."""
     return Teacher(copy_sharing_weights(model), is_tuned=False, shares_weights=True, share=distill.share)
 
 
@@ -57,8 +57,9 @@ def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
 
     From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
     """
-    distill, large = config.distill, prunable_params(sites) >= LARGE_MODEL_PARAMS
-    train = replace(config.train, weights="all" if trains_all_weights(config.train, sites) else "adapters")
+    distill, train, large = config.distill, config.train, prunable_params(sites) >= LARGE_MODEL_PARAMS
+    if train.weights == "auto":
+        train = replace(train, weights="adapters" if large else "all")
     if distill.teacher == "auto":
         distill = replace(distill, teacher="base" if large else "dense")
     distill = replace(distill, share=distill.share or (0.5 if large else 1.0))

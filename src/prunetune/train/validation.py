@@ -60,8 +60,10 @@ class ValidationHistory:
 class Validation:
     """Scores the sub-network between steps, checks the limits and acts on broken ones."""
 
-    def __init__(self, job: TrainingJob, weight_trainer: WeightTrainer, searcher: Searcher | None) -> None:
-        self.job, self.weight_trainer, self.searcher = job, weight_trainer, searcher
+    def __init__(
+        self, job: TrainingJob, weight_trainer: WeightTrainer, searcher: Searcher | None, state_of: StateBuilder
+    ) -> None:
+        self.job, self.weight_trainer, self.searcher, self.state_of = job, weight_trainer, searcher, state_of
         self.limits = job.monitor.limits if job.monitor else ()
         self.can_roll_back = any(limit.action != "stop" for limit in self.limits)
         self.history = ValidationHistory(job.schedule)
@@ -84,7 +86,7 @@ class Validation:
             self._report({"step": 0, "phase": "dense", "kept": 1.0}, scores, seconds)
         self._set_schedule(self.history.schedule)
 
-    def validate_if_due(self, record: JsonObject, decision: Decision, state_of: StateBuilder) -> Decision:
+    def validate_if_due(self, record: JsonObject, decision: Decision) -> Decision:
         """Validate at the steps where it is due; returns the decision that holds from here on."""
         step, every, last = record["step"], self.job.config.train.validate_every, self.job.schedule.steps
         if not self.job.valid_examples:
@@ -92,12 +94,14 @@ class Validation:
         unmeasured = self.job.config.validate.share < 1 and not self.history.stride
         if unmeasured and step == max(1, every // 2) and step != last:
             self._set_stride(record, decision)
-            self.job.checkpoints.save(state_of(decision))  # measured once: a resumed run validates at the same steps
+            self.job.checkpoints.save(
+                self.state_of(decision)
+            )  # measured once: a resumed run validates at the same steps
         elif step % (every * (self.history.stride or 1)) == 0 or step == last:
-            return self._validate(record, decision, state_of)
+            return self._validate(record, decision)
         return decision
 
-    def _validate(self, record: JsonObject, decision: Decision, state_of: StateBuilder) -> Decision:
+    def _validate(self, record: JsonObject, decision: Decision) -> Decision:
         scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else decision)
         self.history = replace(self.history, last=scores)
         broken = [limit for limit in self.limits if not limit.is_met(scores, self.history.dense)]
@@ -106,8 +110,8 @@ class Validation:
             fields["broken"] = [str(limit) for limit in broken]
         self._report(fields, scores, seconds, decision.plan)
         if broken:
-            return self._handle_broken_limits(record, broken, decision, state_of)
-        self._save_if_good(record, decision, scores, state_of)
+            return self._handle_broken_limits(record, broken, decision)
+        self._save_if_good(record, decision, scores)
         return decision
 
     # -- what a validation scores, and its price ------------------------------------------------------------------
@@ -145,9 +149,7 @@ class Validation:
 
     # -- what limits do ------------------------------------------------------------------------------------------------
 
-    def _save_if_good(
-        self, record: JsonObject, decision: Decision, scores: Mapping[str, float], state_of: StateBuilder
-    ) -> None:
+    def _save_if_good(self, record: JsonObject, decision: Decision, scores: Mapping[str, float]) -> None:
         """Keep a state that meets all limits, if a limit may have to roll back to it; draws have no plan to keep."""
         if self.job.monitor is None or not self.can_roll_back or decision.plan is None:
             return
@@ -155,11 +157,9 @@ class Validation:
         if self.job.config.validate.back_to == "best" and not _is_better(candidate, self.history.good):
             return
         self.history = replace(self.history, good=candidate)
-        self.job.monitor.good_checkpoints.save(state_of(decision))
+        self.job.monitor.good_checkpoints.save(self.state_of(decision))
 
-    def _handle_broken_limits(
-        self, record: JsonObject, broken: list[ScoreLimit], decision: Decision, state_of: StateBuilder
-    ) -> Decision:
+    def _handle_broken_limits(self, record: JsonObject, broken: list[ScoreLimit], decision: Decision) -> Decision:
         step, reason = record["step"], broken[0].describe(self.history.last, self.history.dense)
         actions = {limit.action for limit in broken}
         if "stop" in actions:
@@ -174,7 +174,7 @@ class Validation:
             self._add_event(step, broken, "nothing to go back to")
             log.warning("step %d: %s, and no earlier validation met all limits: the run continues", step, reason)
             return decision
-        self._roll_back(step, broken, replace(good, guard_state=state_of(decision).guard_state), reason)
+        self._roll_back(step, broken, replace(good, guard_state=self.state_of(decision).guard_state), reason)
         raise RolledBack
 
     def _back_off(self, step: int, broken: list[ScoreLimit], decision: Decision, reason: str) -> Decision:

@@ -13,12 +13,12 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.remaining_sites import plan_within, remaining_sites
 from prunetune.search.decision import Decision, detach_to
-from prunetune.train.adapters import cut_tensors, trainable_parameters, trains_all_weights
+from prunetune.train.adapters import cut_tensors, trainable_parameters
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
 from prunetune.train.losses import FINAL_LASSO, SEARCH_LASSO, group_lasso
 from prunetune.train.muon import Muon
-from prunetune.train.parallel.sharding import DecoderLayers
+from prunetune.train.parallel.sharding import CutLayers
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
 from prunetune.train.step_guard import StepGuard
@@ -29,8 +29,8 @@ from prunetune.utils.seeds import derive_seed
 class WeightTrainer:
     """Trains the LoRA adapters, or all weights once the model is cut; makes the cuts."""
 
-    def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard, layers: DecoderLayers) -> None:
-        self.job, self.passes, self.guard, self.layers = job, passes, guard, layers
+    def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard, cut_layers: CutLayers) -> None:
+        self.job, self.passes, self.guard, self.cut_layers = job, passes, guard, cut_layers
         self.sites = job.sites  # of the model as it is now
         self.plan: Plan | None = None  # by which it has been cut
         self.is_merged = False
@@ -46,7 +46,7 @@ class WeightTrainer:
         job, batch, started = self.job, self.job.train_stream.batch_at(step), time.monotonic()
         torch.manual_seed(derive_seed(job.config.seed, "dropout", step) + job.ranks.rank)
         record = self.guard.retry_smaller(batch, lambda: self._gradients(batch, decision), self._zero_gradients)
-        norm = job.accelerator.clip_grad_norm_(self.weights, job.config.train.clip)
+        norm = nn.utils.clip_grad_norm_(self.weights, job.config.train.clip)
         rate = learning_rate(step, job.config.train, (self.is_merged and job.config.train.weights_rate) or None)
         if not self.guard.should_skip(step, {**record, "gradient": float(norm)}, batch):
             rate *= self.guard.lr_scale
@@ -73,10 +73,7 @@ class WeightTrainer:
         return {**losses, "lasso": float(penalty.detach())}
 
     def cut(self, plan: Plan, steps: int) -> None:
-        """Cut the model to a plan of the dense model's units, for so many steps; the optimiser keeps its moments.
-
-        Only moments of adapters that are merged now are dropped.
-        """
+        """Cut the model to a plan of dense units, for so many steps; moments stay, but for adapters merged now."""
         if plan == self.plan:  # a limit raised the budget: nothing goes, but another stage begins
             self.passes.use_sites(self.sites, steps)
             return
@@ -96,10 +93,10 @@ class WeightTrainer:
 
     def apply_cut(self, plan: Plan, steps: int) -> None:
         """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
-        self.layers.cut(plan if self.plan is None else plan_within(plan, self.plan), self.sites, self.plan)
+        self.cut_layers(plan if self.plan is None else plan_within(plan, self.plan), self.sites, self.plan)
         self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
         self.passes.use_sites(self.sites, steps)
-        if trains_all_weights(self.job.config.train, self.job.sites) and not self.is_merged:
+        if self.job.config.train.weights == "all" and not self.is_merged:
             merge_adapters(self.job.model, trainable=True)
             self.is_merged = True
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from prunetune.errors import ModelError, PrunetuneError
 from prunetune.utils.launch import rank_and_world_size
 
 LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
@@ -95,3 +97,29 @@ def explain_failure(error: BaseException) -> str | None:
     file = getattr(error, "filename", None) or "run folder"
     messages = (rule.message for rule in FAILURES if rule.recognise(error))
     return next((message.format(file=file, line=first_line(error)) for message in messages), None)
+
+
+# Errors whose text says what is wrong; that of others, such as a KeyError, needs the name of its type.
+SELF_EXPLAINING = (OSError, ValueError, RuntimeError, ImportError)
+
+
+@contextmanager
+def reading_model_files(subject: str, next_step: str) -> Iterator[None]:
+    """Raise whatever a library raises in this block, while it reads files of a stranger, as `ModelError` in one line.
+
+    Memory, disk and GPU errors, which `FAILURES` explains, keep their type. `subject`: "model X: its tokenizer".
+    """
+    try:
+        yield
+    except BaseException as broken:
+        is_panic = type(broken).__name__ == "PanicException"  # of Rust in tokenizers; no subclass of Exception
+        if isinstance(broken, PrunetuneError) or not (isinstance(broken, Exception) or is_panic):
+            raise
+        if explain_failure(broken):
+            raise
+        reason = first_line(broken).rstrip(".:")
+        if type(broken).__module__.startswith("huggingface_hub"):  # whose first line names only the field
+            reason = " ".join(str(broken).split())
+        elif not isinstance(broken, SELF_EXPLAINING) and type(broken).__name__ != "SafetensorError":
+            reason = f"{type(broken).__name__}: {reason}"
+        raise ModelError(f"{subject}: {reason}; {next_step}") from broken

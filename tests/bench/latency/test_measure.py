@@ -255,6 +255,77 @@ def test_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytest.
     assert "measured again" in caplog.text
 
 
+@pytest.mark.parametrize("wrong", [-1e-3, float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("where", ["rest", "dense"])
+def test_table_with_impossible_times_is_refused_and_never_taken_from_the_cache(
+    where: str, wrong: float, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Zero seconds are possible for a part, and not for a phase."""
+    config, sites = tiny_config("llama"), find_sites(tiny("llama"))
+    sound = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
+    data = json.loads(sound.to_json())
+    for track in TRACKS if wrong == 0 else TRACKS[-1:]:
+        if where == "rest" or wrong == 0:
+            data["rest"][track] = wrong
+        if where == "dense" or wrong == 0:
+            data["layers"][track] = {
+                index: {**timing, "dense": wrong} for index, timing in data["layers"][track].items()
+            }
+    (file,) = (cache / "latency").iterdir()
+    file.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"it says (decode\.device|prefill) .*which cannot be.*budget\.table"
+    ) as refused:
+        tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(file))
+    assert "\n" not in str(refused.value)
+    assert tables.get_latency_table(config, sites, WORKLOAD, CPU, 8) == sound
+    assert "measured again" in caplog.text
+    assert LatencyTable.load(file, sound.header) == sound  # the wrong one is replaced
+
+
+def test_impossible_measurement_is_repeated_then_refused_and_not_cached(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other processes can make a deep model seem faster than a shallow one."""
+    config, sites = tiny_config("llama"), find_sites(tiny("llama"))
+    busy = [True, True, True]
+
+    def noisy_tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+        timings = tracks(models, workload, runs)
+        if len(models) == 2 and len(models[1].model.layers) > len(models[0].model.layers) and busy and busy.pop():
+            timings.reverse()
+        return timings
+
+    builder = functools.partial(LatencyTableBuilder, track_timer=noisy_tracks, request_timer=tiles)
+    monkeypatch.setattr(tables, "LatencyTableBuilder", builder)
+    with pytest.raises(
+        ConfigError, match=r"the machine is busy \(measured .* -.* s\).*quiet it.*budget\.flops"
+    ) as refused:
+        tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
+    assert "\n" not in str(refused.value)
+    assert not (cache / "latency").exists()
+    assert len(busy) == 1
+    caplog.clear()
+    table = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)  # at the second attempt
+    assert not busy
+    assert "which cannot be" in caplog.text
+    assert not table.impossible_time
+
+
+def test_time_outside_the_layers_is_never_negative() -> None:
+    """Layers of a deep model take longer where its weights outgrow a cache."""
+
+    def uncached(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+        return [dict.fromkeys(TRACKS, float(len(model.model.layers) ** 2)) for model in models]
+
+    builder = LatencyTableBuilder(
+        tiny_config("llama", layers=2), WORKLOAD, CPU, 8, points=2, track_timer=uncached, request_timer=tiles
+    )
+    table = builder.measure({})
+    assert set(table.outside_layers.values()) == {0.0}
+    assert not table.impossible_time
+
+
 def test_table_is_measured_if_the_cache_cannot_be_written(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     cache.write_text("no folder", encoding="utf-8")
@@ -267,7 +338,7 @@ def test_table_is_measured_if_the_cache_cannot_be_written(cache: Path, caplog: p
 def test_table_with_another_header_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
-    other = LatencyTable({**header, name: "another"}, dict.fromkeys(TRACKS, 0.0), {track: {} for track in TRACKS})
+    other = LatencyTable({**header, name: "another"}, dict.fromkeys(TRACKS, 1.0), {track: {} for track in TRACKS})
     file = tmp_path / "table.json"
     file.write_text(other.to_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"budget\.table .*{name} 'another', and here") as refused:

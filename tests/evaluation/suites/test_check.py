@@ -401,3 +401,10 @@ def test_root_overrides_where_a_suite_finds_its_data(tmp_path: Path, say: Said) 
 def test_render_evaluation_shows_scores_and_errors() -> None:
     text = render_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
     assert "bad: not scored: why" in text
+
+
+def test_statistical_limit_against_a_reference_that_is_no_number_is_broken() -> None:
+    result = check_task(graded([0.5, 0.6, 0.7]), graded([0.5, math.nan, 0.7]), {"statistical": True})
+    assert result.exit_code == 1
+    (verdict,) = result.broken
+    assert math.isnan(verdict.p)

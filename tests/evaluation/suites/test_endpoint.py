@@ -177,7 +177,7 @@ def test_invalid_address_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://user:hunter2@h:port/v1", "http://user:hun/ter2@h/v1", "x://u:hunter2@h?hunter2"]
+    "url", ["http://user:hunter2@h:port/v1", "http://user:hun/ter2@h/v1", "x://u:hunter2@h?hunter2", "u:hunter2@h/v1"]
 )
 def test_invalid_address_is_refused_without_its_secrets(url: str) -> None:
     with pytest.raises(ConfigError, match="is no URL") as refused:
@@ -191,10 +191,18 @@ def test_redirect_is_refused_and_no_key_leaves_its_host(status: int, monkeypatch
     places: list[str] = []
     with serving(characters_model) as thief, serving(lambda *_: (status, places[-1])) as server:
         host = thief.url.split("/")[2]
-        for place in (f"{thief.url}/steal?token=s3", "/v2", f"//{host}/v1", "ftp://x/v1", "file:///etc/passwd", ""):
+        backend = endpoint(server.url, key_env="PRUNETUNE_TEST_KEY")
+        for place in (
+            f"{thief.url}/steal?token=s3",
+            "/v2?token=s3",
+            f"//{host}/v1",
+            "ftp://x/v1",
+            "file:///etc/passwd",
+            "",
+        ):
             places.append(place)
             with pytest.raises(BackendError, match="redirects to") as refused:
-                request_one(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+                request_one(backend, "generate")
             assert "\n" not in str(refused.value)
             assert "s3" not in str(refused.value)
         assert thief.requests == []
@@ -223,6 +231,18 @@ def test_secrets_of_an_address_stand_nowhere(
             for text in (out, err, (tmp_path / "scores.json").read_text(), caplog.text):
                 assert not any(secret in text for secret in secrets)
                 assert server.url in text or text in (out, err, caplog.text)
+
+
+@pytest.mark.parametrize("reply", [401, b"<html> no s3cret, hunter2, sk-key", {"choices": ["s3cret hunter2 sk-key"]}])
+def test_secrets_that_a_server_repeats_stand_in_no_error(reply: Reply, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_TEST_KEY", "sk-key")
+    with serving(lambda *_: reply, error="no s3cret, hunter2, sk-key" if reply == 401 else "") as server:
+        hidden = server.url.replace("http://", "http://hunter:hunter2@")
+        for client in (endpoint(f"{hidden}?key=s3cret"), endpoint(server.url, key_env="PRUNETUNE_TEST_KEY")):
+            with pytest.raises(BackendError, match=r"\*\*\*") as refused:
+                request_one(client, "generate")
+            secrets = ("sk-key",) if client.client.key_env else ("s3cret", "hunter2")
+            assert not any(secret in str(refused.value) for secret in secrets)
 
 
 def test_key_that_no_header_can_hold_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,18 +287,24 @@ def test_error_of_a_server_is_one_line_that_steers_no_terminal() -> None:
     assert len(str(refused.value)) < 500
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x"])
-def test_proxy_of_the_environment_is_for_other_hosts(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", proxy)
-    with serving(characters_model) as server:
-        assert request_one(endpoint(server.url), "generate") == "to Where?"
-    with pytest.raises(BackendError, match="proxy of the environment cannot be used"):
-        request_one(endpoint("http://host.invalid/v1", max_attempts=1), "generate")
-    monkeypatch.setenv("ALL_PROXY", "")
-    with serving(characters_model) as proxy_server:
-        monkeypatch.setenv("HTTP_PROXY", proxy_server.url)
-        assert request_one(endpoint("http://host.invalid/v1"), "generate") == "to Where?"
-    assert proxy_server.requests[0][0] == "http://host.invalid/v1/completions"
+def test_proxy_of_the_environment_is_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = endpoint("http://host.invalid/v1", max_attempts=1)
+    with serving(characters_model) as proxy, serving(characters_model) as server:
+        for address in (proxy.url, proxy.url.split("/")[2]):
+            monkeypatch.setenv("http_proxy", address)
+            assert request_one(other, "generate") == "to Where?"
+            assert request_one(endpoint(server.url), "generate") == "to Where?"
+        assert [path for path, _, _ in proxy.requests] == ["http://host.invalid/v1/completions"] * 2
+        monkeypatch.setenv("no_proxy", "example.org,host.invalid")
+        with pytest.raises(BackendError, match="does not answer"):
+            request_one(other, "generate")
+        assert len(proxy.requests) == 2
+        monkeypatch.setenv("no_proxy", "")
+        for unusable in ("socks5://127.0.0.1:9", "nonsense://x", "http://x:y"):
+            monkeypatch.setenv("http_proxy", unusable)
+            with pytest.raises(BackendError, match="HTTP_PROXY cannot be used"):
+                request_one(other, "generate")
+            assert request_one(endpoint(server.url), "generate") == "to Where?"
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 70])

@@ -43,7 +43,8 @@ def tasks_in(folder: Path) -> Path:
 def scored(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: Any) -> Any:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    return evaluate_suite(LocalModel(speaker(), characters()), parse_suite({"tasks": tasks}, folder=folder))
+    suite = parse_suite({"tasks": tasks}, folder=folder)
+    return evaluate_suite(LocalModel(speaker(), characters()), suite, allow={"code"})
 
 
 def test_lm_eval_scores_equal_those_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,6 +273,26 @@ def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
     assert evaluation.tasks["organ"].scores["accuracy"].value == evaluation.tasks["open"].scores["rouge_l"].value == 1.0
 
 
+def test_bug_in_one_task_keeps_its_traceback_and_the_others_scores(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(ScriptedBackend):
+        def _choose(self, record: Record) -> list[list[float]]:
+            raise AttributeError("no such attribute")
+
+    evaluation = evaluate_suite(Faulty(), suite_in(tmp_path, ALL))
+    assert {name for name, result in evaluation.tasks.items() if result.error} == {"organ"}
+    assert "AttributeError: no such attribute; this is a bug" in evaluation.tasks["organ"].error
+    assert "Traceback" in caplog.text
+
+    class Exhausted(ScriptedBackend):
+        def _choose(self, record: Record) -> list[list[float]]:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        evaluate_suite(Exhausted(), suite_in(tmp_path, ALL))
+
+
 def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
     class FixedLikelihoodBackend(ScriptedBackend):
         def _choose(self, record: Record) -> list[list[float]]:

@@ -15,6 +15,7 @@ from prunetune import export_run
 from prunetune.errors import ModelError
 from prunetune.export.gguf import llamacpp, tokenizer
 from prunetune.export.gguf.write import write_gguf
+from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
 from support.data import CORPUS, SPECIAL, subwords
 from support.export import reference_here, run_folder
@@ -124,6 +125,19 @@ def test_export_refuses_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -
     (run / "config.yaml").write_text(f"model: {base}\n")
     with pytest.raises(ModelError, match="has 320 tokens and the model 300"):
         export_run(run, "gguf")
+
+
+def test_added_token_without_a_row_is_left_out_with_a_note(tmp_path: Path) -> None:
+    words = subwords()
+    run, _ = run_folder(tmp_path / "run", words, layout="uniform", vocab_size=len(words))
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    words.save_pretrained(run / "model")
+    (run / "model" / "SHA256SUMS").unlink()
+    result = export_run(run, "gguf", options=ExportOptions(dtype="f32"))
+    assert "left out, as the embedding has no row for it: '[PAD]'" in result.notes[-1]
+    fields = gguf.GGUFReader(result.path).fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == len(words) - 1
+    assert fields["tokenizer.ggml.padding_token_id"].contents() < len(words) - 1
 
 
 def test_unused_embedding_rows_get_padding_tokens(tmp_path: Path) -> None:

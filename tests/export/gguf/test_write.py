@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export.gguf import llamacpp, tensors
-from prunetune.export.gguf.architectures import UNIFORM_ARCHITECTURES, select_architecture
+from prunetune.export.gguf.architectures import LLAMA, UNIFORM_ARCHITECTURES, select_architecture
+from prunetune.export.gguf.tensors import build_tensors
 from prunetune.export.gguf.write import verify_tensors, write_gguf
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
@@ -66,8 +68,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_generates_the_tokens_of_the_model(case: str, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_tokens_of_the_model(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # its requests stay on this machine
     run, model = case_run(case, tmp_path / "run")
     source = ExportSource.open(run)
     assert select_architecture(source).name == CASES[case][3]
@@ -214,6 +219,41 @@ def test_export_refuses_models_that_llama_cpp_cannot_hold(case: str, tmp_path: P
     assert "export onnx" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (run / "exports").exists() or not list((run / "exports").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "helps"),
+    [
+        ({"hidden_act": "relu"}, False),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, False),
+        ({}, True),
+    ],
+)
+def test_another_layout_is_advised_only_where_it_would_be_taken(
+    changes: dict[str, Any], helps: bool, tmp_path: Path
+) -> None:
+    family = "qwen3" if helps else "llama"  # an untied qwen3 has a place in llama.cpp in layout uniform only
+    run, _ = run_folder(tmp_path / "run", subwords(), family, **changes)
+    with pytest.raises(ModelError) as refusal:
+        export_run(run, "gguf")
+    assert ("run again with --layout uniform" in str(refusal.value)) is helps
+
+
+def test_head_of_its_own_is_exported_whatever_config_json_says(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    file = run / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    (run / "model" / "SHA256SUMS").unlink()
+    source = ExportSource.open(run)
+    assert "output.weight" in {tensor.name for tensor in build_tensors(source, LLAMA, "f32")}
+
+
+def test_left_over_weight_files_are_not_exported(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    file = run / "model" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_name("old.safetensors"))
+    (run / "model" / "SHA256SUMS").unlink()
+    assert set(ExportSource.open(run).tensor_files.values()) == {file}
 
 
 @pytest.mark.usefixtures("_quick")

@@ -26,6 +26,7 @@ from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, init_distributed
+from prunetune.train.passes import PassSize
 from prunetune.train.step_guard import StepGuard
 from prunetune.utils.console import SilentConsole
 from prunetune.utils.failures import is_lost_rank
@@ -151,7 +152,7 @@ class FailingPasses:
     """Passes that score 1, or raise an out-of-memory error."""
 
     def __init__(self, *, full: bool) -> None:
-        self.full = full
+        self.full, self.size = full, PassSize(64, recompute=False)
 
     def score(self, examples: object, gates: object) -> float:
         if self.full:

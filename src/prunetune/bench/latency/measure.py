@@ -70,7 +70,8 @@ class LatencyTableBuilder:
         for layer in measured_layers:
             log.info("measuring latency: layers like %d, %d at a time", layer, depth + 1)
             short, deep, curves = self._measure_layer_kind(dense, layer, depth, LONGEST / len(measured_layers))
-            outside.append({track: 2 * short[track] - deep[track] for track in TRACKS})
+            # Deep models outgrow caches, so the rest can seem to take less than no time.
+            outside.append({track: max(0.0, 2 * short[track] - deep[track]) for track in TRACKS})
             for track in TRACKS:
                 layer_seconds = (deep[track] - short[track]) / (depth + 1)
                 layers[track][layer] = LayerTiming(layer_seconds, **curves[track])
@@ -159,7 +160,7 @@ class LatencyTableBuilder:
                 if track.startswith(phase)
             }
             longer = max(predicted, key=lambda track: predicted[track])
-            if predicted[longer] > 0:
+            if predicted[longer] > 0:  # a table in which it is not will be refused
                 factors[longer] = seconds[phase] / predicted[longer]
         log.info("scaled to the dense model: %s", ", ".join(f"{track} {scale:.3f}" for track, scale in factors.items()))
         return table.scaled(factors)

@@ -31,7 +31,7 @@ def build_short_model(config: Any, layers: Sequence[int], workload: WorkloadConf
     config = copy.deepcopy(config)
     remove_layers_from_config(config, layers)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype], trust_remote_code=False)
     return model.eval().requires_grad_(False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from prunetune.bench.latency.header import table_header, table_path
 from prunetune.bench.latency.measure import LatencyTableBuilder
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import LatencyTable
-from prunetune.errors import ConfigError
+from prunetune.errors import ConfigError, RunFolderError
 from prunetune.pruning.units import Site, UnitKind
 from prunetune.utils.files import expand_path, write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.untrusted import read_text
 
 log = logging.getLogger(__name__)
+KEPT_REMEDY = "put it back, or start anew with another --out"
+ATTEMPTS = 2  # at a table, on a machine that is so busy that differences of times are negative
 
 
 def get_latency_table(
@@ -32,6 +36,19 @@ def get_latency_table(
         return LatencyTable.load(expand_path(file), header)
     cached = load_cached_table(header)
     return cached if cached is not None else measure_table(config, sites, workload, device, align, header)
+
+
+def load_kept_table(path: Path, header: JsonObject) -> LatencyTable:
+    """The table that a run was begun with, whatever this device is; raises `RunFolderError` without a sound file."""
+    try:
+        table = LatencyTable.from_json(read_text(path), str(path), KEPT_REMEDY)
+    except (OSError, ValueError) as missing:
+        raise RunFolderError(f"{path} cannot be read ({missing}): {KEPT_REMEDY}") from missing
+    except ConfigError as damaged:
+        raise RunFolderError(str(damaged)) from damaged
+    if difference := table.difference_from(header):
+        log.warning("%s was measured with %s: the run keeps its limits", path, difference)
+    return table
 
 
 def checked_header(
@@ -63,9 +80,22 @@ def load_cached_table(header: JsonObject) -> LatencyTable | None:
 def measure_table(
     config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int, header: JsonObject
 ) -> LatencyTable:
-    """Measure a table and write it to the cache; if that fails, the table is returned all the same, with a warning."""
+    """Measure a table and write it to the cache; if that fails, the table is returned all the same, with a warning.
+
+    Raises `ConfigError` where the machine is too busy to be timed.
+    """
     zero_width, start = any(site.kind is UnitKind.MLP_BLOCK for site in sites), time.monotonic()
-    table = LatencyTableBuilder(config, workload, device, align, includes_zero_width=zero_width).measure(header)
+    builder = LatencyTableBuilder(config, workload, device, align, includes_zero_width=zero_width)
+    for _ in range(ATTEMPTS):
+        table = builder.measure(header)
+        if not table.impossible_time:
+            break
+        log.warning("measured %s, which cannot be: other processes keep the machine busy", table.impossible_time)
+    else:
+        raise ConfigError(
+            f"latency cannot be measured while the machine is busy (measured {table.impossible_time}): quiet it and "
+            "start again, or name a budget that is counted, such as budget.flops"
+        )
     path, seconds = table_path(header), time.monotonic() - start
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

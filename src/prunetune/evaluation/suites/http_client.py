@@ -9,10 +9,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.protocol import BackendError
@@ -67,7 +69,8 @@ class EndpointClient:
         except (InvalidURL, ValueError):
             url, port = URL(), None
         if url.scheme not in ("http", "https") or not url.host or port == 0:
-            raise ConfigError(f"endpoint {self.address!r} is no URL; write it as http://host:port/v1")
+            shown = self.address.rpartition("@")[2]
+            raise ConfigError(f"endpoint {shown!r} is no URL; write it as http://host:port/v1")
         if url.userinfo and self.key_env:
             raise ConfigError(
                 f"endpoint {self.address} names a user, and {self.key_env} a key; a request holds one: leave one out"
@@ -91,17 +94,12 @@ class EndpointClient:
         return self._read(self.post("/completions", body), lambda choice: choice["text"])
 
     def _read(self, reply: Any, text: Callable[[Any], Any]) -> str:
-        try:
+        with suppress(KeyError, IndexError, TypeError):
             answer = text(reply["choices"][0])
-        except (KeyError, IndexError, TypeError) as missing:
-            raise self._unexpected_reply(reply) from missing
-        if not isinstance(answer, str):
-            raise self._unexpected_reply(reply)
-        return answer
-
-    def _unexpected_reply(self, reply: Any) -> BackendError:
-        shown = " ".join(json.dumps(reply, default=str).split())[:120]
-        return BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
+            if isinstance(answer, str):
+                return answer
+        shown = self._shown(json.dumps(reply, default=str))
+        raise BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
 
     def map_concurrently(self, items: Sequence[T], call: Callable[[T], R]) -> list[R]:
         """`call` on every item, `concurrency` at once; results are in order. The first failure stops the rest."""
@@ -127,17 +125,22 @@ class EndpointClient:
                 failure = f"no complete reply within {self.timeout:g} s"
                 continue
             except (TransportError, UnicodeError) as broken:  # UnicodeError: a host that no name can be
-                failure = f"{type(broken).__name__}: {_one_line(str(broken))}"
+                failure = f"{type(broken).__name__}: {self._shown(str(broken))}".removesuffix(": ")
                 continue
+            text = data.decode("utf-8", "replace")
             if reply.is_success:
-                return self._decoded(data)
+                try:
+                    return parse_json(bytes(data))
+                except ValueError as garbage:
+                    shown = self._shown(text)[:80]
+                    raise BackendError(f"endpoint {self.address} did not reply with JSON: {shown!r}") from garbage
             if 300 <= reply.status_code < 400:
-                target = _one_line(public_url(reply.headers.get("Location", "nowhere")))
+                target = self._shown(public_url(reply.headers.get("Location", "").partition("?")[0]) or "nowhere")
                 raise BackendError(
                     f"endpoint {self.address}{path} redirects to {target} (HTTP {reply.status_code}); no redirect is "
                     "followed, because keys and prompts would go along: name the address that answers"
                 )
-            failure = f"HTTP {reply.status_code}: {_one_line(data.decode('utf-8', 'replace')) or reply.reason_phrase}"
+            failure = f"HTTP {reply.status_code}: {self._shown(text or reply.reason_phrase)}"
             if reply.status_code not in RETRY_STATUS_CODES:
                 break
         raise BackendError(
@@ -146,25 +149,33 @@ class EndpointClient:
 
     async def _send(self, path: str, content: bytes) -> tuple[Response, bytearray]:
         """The reply and its body. Raises `TimeoutError`, httpx2's errors of transport, and `BackendError`."""
-        from httpx2 import AsyncClient
+        from httpx2 import AsyncClient, InvalidURL
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **self._authorization()}
         parts, data = urlsplit(self.url), bytearray()
         url = parts._replace(path=parts.path.rstrip("/") + path, fragment="").geturl()
+        proxy = getproxies().get(parts.scheme)
+        if parts.hostname in LOOPBACK or proxy_bypass(parts.netloc.rpartition("@")[2]):
+            proxy = None
+        elif proxy and "://" not in proxy:
+            proxy = f"http://{proxy}"
+        try:
+            client = AsyncClient(verify=self._tls, timeout=None, proxy=proxy, trust_env=False)
+        except (ImportError, ValueError, InvalidURL) as unusable:
+            raise BackendError(
+                f"endpoint {self.address}: {parts.scheme.upper()}_PROXY cannot be used ({type(unusable).__name__}): "
+                "name an http proxy there, or add the host to NO_PROXY"
+            ) from unusable
         # The deadline holds for the whole, also for headers that come byte by byte; httpx2's are for each read.
-        async with asyncio.timeout(self.timeout):
-            try:
-                client = AsyncClient(verify=self._tls, timeout=None, trust_env=parts.hostname not in LOOPBACK)
-            except (ImportError, ValueError) as unusable:
-                raise BackendError(
-                    f"endpoint {self.address}: the proxy of the environment cannot be used "
-                    f"({type(unusable).__name__}): name an http proxy, or add the host to NO_PROXY"
-                ) from unusable
-            async with client, client.stream("POST", url, content=content, headers=headers) as reply:
-                async for chunk in reply.aiter_raw():
-                    data += chunk
-                    if len(data) > MAX_REPLY_BYTES:
-                        raise BackendError(f"endpoint {self.address}{path}: a reply of more than 64 MiB is refused")
+        async with (
+            asyncio.timeout(self.timeout),
+            client,
+            client.stream("POST", url, content=content, headers=headers) as reply,
+        ):
+            async for chunk in reply.aiter_raw():
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES:
+                    raise BackendError(f"endpoint {self.address}{path}: a reply of more than 64 MiB is refused")
         return reply, data
 
     @cached_property
@@ -183,13 +194,10 @@ class EndpointClient:
             raise BackendError(f"endpoint {self.address}: {self.key_env} holds characters that no key can have")
         return {"Authorization": f"Bearer {key}"}
 
-    def _decoded(self, data: bytearray) -> Any:
-        try:
-            return parse_json(bytes(data))
-        except ValueError as garbage:
-            shown = " ".join(data[:80].decode("utf-8", "replace").split())
-            raise BackendError(f"endpoint {self.address} did not reply with JSON: {shown!r}") from garbage
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text[:2000].split())[:200])
+    def _shown(self, text: str) -> str:
+        """A server's text for an error: short, in one line, and without the secrets that it may repeat."""
+        parts = urlsplit(self.url)
+        secrets = [os.environ.get(self.key_env), parts.password, *(value for _, value in parse_qsl(parts.query))]
+        for secret in (secret.strip() for secret in secrets if secret):
+            text = text.replace(secret, "***") if len(secret) > 3 else text
+        return printable(" ".join(text[:2000].split())[:200])

@@ -41,8 +41,7 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
     pick_device(options.device)  # raises before anything is read
     if path.suffix == ".gguf":
         return _with_cache(_gguf(path, options, store), store, options)
-    source, trust = resolve_checkpoint(name, trust_remote_code=options.trust_remote_code)
-    return _with_cache(CheckpointBackend(source, options, store, trust=trust), store, options)
+    return _with_cache(CheckpointBackend(resolve_checkpoint(name), options, store), store, options)
 
 
 def check_can_open(name: str, options: EvalOptions) -> None:
@@ -50,24 +49,22 @@ def check_can_open(name: str, options: EvalOptions) -> None:
     target = open_backend(name, options)
     backend = target.backend if isinstance(target, CachedBackend) else target
     if isinstance(backend, CheckpointBackend):
-        load_config(backend.name, trust_remote_code=backend.trusted)
-        load_tokenizer(backend.name, trust_remote_code=backend.trusted)
+        load_config(backend.name, trust_remote_code=options.trust_remote_code)
+        load_tokenizer(backend.name, trust_remote_code=options.trust_remote_code)
 
 
-def resolve_checkpoint(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
-    """The folder or hub name that a run or a name means, and whether code in it may run; raises `ModelError`."""
+def resolve_checkpoint(name: str) -> str:
+    """The folder or hub name that a run or a name means; raises `ModelError`."""
     path = expand_path(name)
-    run = read_run_config(path)
-    if run is None:
+    if read_run_config(path) is None:
         resolve_model_path(name)  # raises before anything is read
-        return name, trust_remote_code
+        return name
     folder = path / "model"
     if not folder.is_dir() and list_run_sizes(path):
         raise ModelError(f"{path}: this run has several sizes; name one of {', '.join(map(str, list_run_sizes(path)))}")
     if not folder.is_dir():
         raise ModelError(f"{path}: this run has no model yet; resume it with prunetune run RECIPE --resume")
-    # The code of a per-layer checkpoint was generated and checked by the run.
-    return str(folder), trust_remote_code or run.layout == "per-layer"
+    return str(folder)
 
 
 def check_gguf_file(path: Path) -> Path:
@@ -127,12 +124,6 @@ class CheckpointBackend:
     name: str
     options: EvalOptions
     store: AnswerStore
-    trust: bool | None = None
-
-    @property
-    def trusted(self) -> bool:
-        """Whether Python code in its folder may run."""
-        return self.options.trust_remote_code if self.trust is None else self.trust
 
     @cached_property
     def _folder(self) -> Path:
@@ -157,7 +148,8 @@ class CheckpointBackend:
     def _local(self) -> LocalModel:
         device = pick_device(self.options.device)
         dtype = pick_dtype(self.options.dtype, device)
-        opened = load_model_and_tokenizer(self.name, device=device, dtype=dtype, trust_remote_code=self.trusted)
+        trust = self.options.trust_remote_code
+        opened = load_model_and_tokenizer(self.name, device=device, dtype=dtype, trust_remote_code=trust)
         return LocalModel(opened.model, opened.tokenizer, name=self.name, max_tokens=self.options.max_tokens)
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ class EvalOptions:
     model_name: str = option("", "The model's name at the endpoint.")
     key_env: str = option("", "The environment variable with the endpoint's key.")
     timeout: float = option(60.0, "Seconds to wait for one reply of an endpoint.", gt=0)
-    allow_code: bool = option(False, "Let the suite run Python functions of this machine.")
+    allow_code: bool = option(False, "Let the suite run Python functions, and your own lm-eval tasks, of this machine.")
     allow_judge: bool = option(False, "Let the suite send answers to a judge's endpoint.")
 
     @property

@@ -15,6 +15,7 @@ from prunetune.evaluation.suites.prompts import build_prompts
 from prunetune.evaluation.suites.protocol import Backend, OnRequestsDone, Prompt, RequestKind, Response
 from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite, Task
+from prunetune.utils.failures import explain_failure, first_line
 
 log = logging.getLogger(__name__)
 SuiteProgressCallback = Callable[[str, int, int], None]  # task, requests done, requests in all
@@ -41,6 +42,12 @@ def evaluate_suite(
         except PrunetuneError as error:
             log.warning("task %s: %s", task.name, error)
             results[task.name] = TaskResult(task.name, {}, (), error=str(error))
+        except Exception as bug:
+            if explain_failure(bug):
+                raise
+            log.exception("task %s", task.name)
+            reason = f"{type(bug).__name__}: {first_line(bug)}; this is a bug, please report its traceback"
+            results[task.name] = TaskResult(task.name, {}, (), error=reason)
     return Evaluation(results)
 
 
@@ -58,17 +65,14 @@ def _evaluate_task(
 ) -> dict[str, TaskResult]:
     if task.error:
         raise ConfigError(task.error)
+    for permission, part in task.permissions.items():
+        if permission not in allow:
+            risk = {"code": "runs code of this machine", "judge": "sends answers to an endpoint"}[permission]
+            raise ConfigError(f"task {task.name}: {part} {risk} and is off; allow it with --allow-{permission}")
     if task.options.lm_eval:
         from prunetune.evaluation.suites.lm_eval_tasks import evaluate_lm_eval_task
 
         return evaluate_lm_eval_task(backend, task)
-    for scorer in (task_scorer.scorer for task_scorer in task.scorers):
-        if scorer.permission and scorer.permission not in allow:
-            risk = {"code": "runs code of this machine", "judge": "sends answers to an endpoint"}[scorer.permission]
-            raise ConfigError(
-                f"task {task.name}: scorer {scorer.metrics[0]} {risk} and is off; allow it with "
-                f"--allow-{scorer.permission}"
-            )
     return {task.name: score_task(backend, task, build_prompts(task) if prompts is None else prompts, progress)}
 
 

@@ -22,7 +22,7 @@ from prunetune.config.fields import merge_mappings, option, read_options, source
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.evaluation.suites.protocol import GenerationSettings
-from prunetune.evaluation.suites.scorers import TaskScorer, is_reference_free, parse_scorers
+from prunetune.evaluation.suites.scorers import Permission, TaskScorer, is_reference_free, parse_scorers
 from prunetune.evaluation.suites.suite_limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import validate_name
@@ -57,7 +57,7 @@ class TaskOptions:
     stop: tuple[str, ...] = option((), "Texts that end a generated answer.", entry_name="text")
     lm_eval: str = option("", "A task of lm-eval by its name, instead of data and scorer.")
     fewshot: int = option(0, "With lm_eval: solved examples in the prompt.", ge=0)
-    include: str = option("", "With lm_eval: a folder with your own task files.")
+    include: str = option("", "With lm_eval: a folder with your own task files; needs --allow-code.")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ class Task:
     def metrics(self) -> tuple[str, ...]:
         """The metrics of its scorers, the headline first; those of an lm-eval task are not known before it runs."""
         return tuple(metric for use in self.scorers for metric in use.metrics)
+
+    @property
+    def permissions(self) -> dict[Permission, str]:
+        """What the user has to allow before anything of the task is opened -> the part of the task that needs it."""
+        needed = {use.scorer.permission: f"scorer {use.scorer.metrics[0]}" for use in self.scorers}
+        if self.options.include:  # task files of lm-eval can name functions in Python files beside them
+            needed["code"] = "a task file in include"
+        return {permission: part for permission, part in needed.items() if permission}
 
     @property
     def is_reference_free(self) -> bool:

@@ -139,14 +139,16 @@ def select_architecture(source: ExportSource) -> GgufArchitecture:
             return arch
         reasons.append(f"{arch.name}: {reason}")
     problem = "; ".join(reasons) or f"it has no architecture for {family} in this layout"
-    remedies = ["run again with --layout uniform"] if per_layer and family in UNIFORM_ARCHITECTURES else []
+    uniform = UNIFORM_ARCHITECTURES.get(family, ()) if per_layer else ()
+    would_help = any(not incompatibility(arch, source, any_width=True) for arch in uniform)
+    remedies = ["run again with --layout uniform"] if would_help else []
     is_mixture = family in FAMILIES and FAMILIES[family].mixture
     remedies.append("use the folder itself" if is_mixture else "export onnx")
     raise ModelError(f"{source.folder}: llama.cpp cannot hold this model ({problem}): {', or '.join(remedies)}")
 
 
-def incompatibility(arch: GgufArchitecture, source: ExportSource) -> str:
-    """Why this architecture cannot hold the model; "" if it can."""
+def incompatibility(arch: GgufArchitecture, source: ExportSource, *, any_width: bool = False) -> str:
+    """Why this architecture cannot hold the model; "" if it can. `any_width`: whatever the widths of its layers are."""
     config, heads = source.config, head_counts(source.config)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     ropes = rope_options(config).values()
@@ -169,11 +171,14 @@ def incompatibility(arch: GgufArchitecture, source: ExportSource) -> str:
             "its output head is the embedding, the model's is not",
         ),
         (
-            arch.heads_fill_hidden and rows != config.hidden_size,
+            arch.heads_fill_hidden and rows != config.hidden_size and not any_width,
             f"it needs heads of {config.hidden_size} rows in all, these have {rows}",
         ),
-        (without_mlp, f"layer {', '.join(without_mlp)} has no MLP"),
-        (without_attention and not arch.allows_no_attention, f"layer {', '.join(without_attention)} has no attention"),
+        (without_mlp and not any_width, f"layer {', '.join(without_mlp)} has no MLP"),
+        (
+            without_attention and not (arch.allows_no_attention or any_width),
+            f"layer {', '.join(without_attention)} has no attention",
+        ),
     )
     return next((reason for is_violated, reason in rules if is_violated), "")
 

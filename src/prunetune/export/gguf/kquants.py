@@ -42,7 +42,7 @@ def quantize(exact: Path, path: Path, name: str) -> tuple[str, ...]:
     """
     file_type = int(gguf.LlamaFileType[f"MOSTLY_{name.upper()}"])
     process = subprocess.run(  # noqa: S603 - our own interpreter and text
-        [sys.executable, "-c", QUANTIZE_SCRIPT, str(exact), str(path), str(file_type)],
+        [sys.executable, "-P", "-c", QUANTIZE_SCRIPT, str(exact), str(path), str(file_type)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if process.returncode or not path.is_file():

@@ -28,10 +28,13 @@ CHECK_TEXTS = (
 # Both run in processes of their own: llama.cpp ends the process on an error, and both models are freed with it.
 REFERENCE_SCRIPT = """
 import json, sys, torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM
-folder, code, request_file, answer_file = sys.argv[1:]
+from prunetune.model.per_layer_classes import register_folder
+folder, request_file, answer_file = sys.argv[1:]
 request = json.load(open(request_file))
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=code == "code").eval()
+register_folder(Path(folder))
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 answers = []
 for ids in request["prompts"]:
     tokens, gaps = [], []
@@ -52,10 +55,11 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = file, request["context"], 0, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
 server = xllamacpp.Server(params)
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a request to this machine needs no proxy
 def post(path, **body):
     headers = {"Content-Type": "application/json"}
     http_request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
-    return json.load(urllib.request.urlopen(http_request))["tokens"]
+    return json.load(opener.open(http_request))["tokens"]
 options = {"n_predict": 1, "temperature": 0, "return_tokens": True}
 answer = {
     "next": [post("/completion", prompt=ids, **options)[0] for ids in request["ids"]],
@@ -110,8 +114,8 @@ def reference_continuations(
     source: ExportSource, prompts: Sequence[Sequence[int]], steps: int = STEPS
 ) -> list[GreedyContinuation]:
     """Greedy continuations of the checkpoint in stock transformers, float32, in a fresh process."""
-    arguments = [str(source.folder.absolute()), "code" if source.trusts_code else "plain"]
-    answers = _run_script(REFERENCE_SCRIPT, arguments, {"prompts": prompts, "steps": steps}, f"{source.folder}")
+    folder = str(source.folder.absolute())
+    answers = _run_script(REFERENCE_SCRIPT, [folder], {"prompts": prompts, "steps": steps}, f"{source.folder}")
     return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in answers]
 
 
@@ -156,9 +160,9 @@ def _run_script(script: str, arguments: list[str], request: Any, name: str) -> A
         request_file, answer_file = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         request_file.write_text(json.dumps(request))
         process = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", script, *arguments, str(request_file), str(answer_file)],
+            [sys.executable, "-P", "-c", script, *arguments, str(request_file), str(answer_file)],
             capture_output=True, text=True, cwd=scratch, check=False,
-            env=os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
         if not answer_file.is_file():
             raise SelfCheckFailed(f"{name} does not run: {_error_line(process.stderr) or process.returncode}")

@@ -16,6 +16,7 @@ import gguf
 from prunetune.errors import ModelError
 from prunetune.export.source import ExportSource
 from prunetune.model.loading import gguf_file
+from prunetune.utils.failures import reading_model_files
 from prunetune.utils.untrusted import parse_json, read_text
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -65,12 +66,11 @@ def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -
 
 def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     file = source.folder / "tokenizer.json"
-    try:
+    with reading_model_files(f"{file} cannot be read, and GGUF needs it", "save a fast tokenizer into the folder"):
         values = parse_json(read_text(file))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read, and GGUF needs it: save a fast tokenizer into the folder") from error
-    if values["model"]["type"] != "BPE":
-        raise ModelError(f"{file}: a {values['model']['type']} tokenizer cannot be written as GGUF: export onnx")
+        kind = values["model"]["type"]
+    if kind != "BPE":
+        raise ModelError(f"{file}: a {kind} tokenizer cannot be written as GGUF: export onnx")
     is_sentencepiece = bool(values["model"].get("byte_fallback"))  # ▁ for a space
     pre_tokenizer = "default" if is_sentencepiece else pre_tokenizer_name(values, file)
     writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
@@ -88,7 +88,9 @@ def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) ->
             "into the folder, or export onnx"
         )
     special.add_to_gguf(writer, quiet=True)
-    return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre_tokenizer}"
+    rowless = [token["content"] for token in values.get("added_tokens", ()) if token["id"] >= len(tokens)]
+    left_out = f"; left out, as the embedding has no row for it: {', '.join(map(repr, rowless))}" if rowless else ""
+    return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre_tokenizer}{left_out}"
 
 
 def pre_tokenizer_name(values: Mapping[str, Any], file: Path) -> str:
@@ -120,14 +122,20 @@ def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
 def _tokens_and_types(
     source: ExportSource, values: Mapping[str, Any], *, is_sentencepiece: bool
 ) -> tuple[list[str], list[int]]:
-    """The token and its type for each row of the embedding; raises `ModelError` for more tokens than rows."""
+    """The token and its type for each row of the embedding. An added token without a row is left out.
+
+    Raises `ModelError` for a vocabulary that is larger than the embedding.
+    """
     rows = source.config.vocab_size
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
     added = {token["id"]: token for token in values.get("added_tokens", ())}
     vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
-    vocabulary |= {index: token["content"] for index, token in added.items()}
-    if max(vocabulary) >= rows:
-        raise ModelError(f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows")
+    if max(vocabulary, default=0) >= rows:
+        raise ModelError(
+            f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows: put the "
+            "tokenizer of this model into the folder"
+        )
+    vocabulary |= {index: token["content"] for index, token in added.items() if index < rows}
     for index, token in vocabulary.items():
         tokens[index] = token
         types[index] = int(gguf.TokenType.NORMAL)

@@ -27,31 +27,10 @@ def distribute_passes(passes: Passes, model: Any, ranks: Ranks) -> Passes:
 
 
 class DistributedPasses:
-    """Each rank passes over its share of a batch; losses and gradients are summed.
-
-    The caller zeroes the weights' gradients before `tune`.
-    """
+    """Each rank passes over its share of a batch; losses and gradients, zeroed before `tune`, are summed."""
 
     def __init__(self, passes: Passes, model: Any, ranks: Ranks) -> None:
-        self.passes, self.model, self.ranks = passes, model, ranks
-
-    @property
-    def micro_tokens(self) -> int:
-        """Most tokens of one pass of one rank."""
-        return self.passes.micro_tokens
-
-    @micro_tokens.setter
-    def micro_tokens(self, tokens: int) -> None:
-        self.passes.micro_tokens = tokens
-
-    @property
-    def recompute(self) -> bool:
-        """Whether layers are computed again for the backward pass."""
-        return self.passes.recompute
-
-    @recompute.setter
-    def recompute(self, recompute: bool) -> None:
-        self.passes.recompute = recompute
+        self.passes, self.model, self.ranks, self.size = passes, model, ranks, passes.size
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         losses = self._run_on_all_ranks(lambda: self.passes.tune(examples, gates), gates)
@@ -103,10 +82,7 @@ class DistributedPasses:
 
 @contextmanager
 def _fatal_out_of_memory() -> Iterator[None]:
-    """If memory runs out in the block, the run ends: the other ranks wait in an exchange, so a retry would hang.
-
-    Raises `ModelError`.
-    """
+    """Raises `ModelError` if memory runs out in the block: other ranks wait in an exchange, so a retry would hang."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -53,10 +53,6 @@ class Ranks:
             loads[rank] += len(example.token_ids)
         return shares
 
-    def local_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """This rank's share."""
-        return self.split_examples(examples)[self.rank]
-
     @torch.no_grad()
     def all_reduce_sum_(self, tensors: Iterable[Tensor]) -> None:
         """Sum float tensors over ranks, in place; all ranks end up with the same bits."""
@@ -109,10 +105,7 @@ class Ranks:
 
     @contextmanager
     def barrier_before_failing(self) -> Iterator[None]:
-        """If a limit stops the block, as it does on all ranks, none ends before rank 0 has reported it.
-
-        A launcher stops all processes as soon as one has failed.
-        """
+        """If a limit stops the block on all ranks, none ends before rank 0 reports it: a launcher would stop all."""
         try:
             yield
         except LimitBroken:

@@ -7,9 +7,8 @@ between layers and the head: optimiser and cut work on adapters, and the head ru
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +22,21 @@ from prunetune.pruning.units import Site
 from prunetune.pruning.whole_blocks import replace_module
 from prunetune.train.parallel.ranks import Ranks
 
-
-class DecoderLayers(Protocol):
-    """The decoder layers of a model, sharded or not."""
-
-    def cut(self, plan: Plan, sites: Iterable[Site], before: Plan | None = None) -> None:
-        """`cut_linears`, in place; `before` is what earlier cuts have left of the dense model."""
+# `cut_linears` of a model, sharded or not: the plan, the sites, and the plan that earlier cuts have left, if any.
+CutLayers = Callable[[Plan, Sequence[Site], Plan | None], None]
 
 
-@dataclass(frozen=True)
-class UnshardedLayers:
-    """All weights on this rank."""
+def shard_layers(model: Any, ranks: Ranks, weight_owner: Any = None) -> CutLayers:
+    """Shard the frozen weights if the launch says so, in place; returns how the model is cut from here on.
 
-    model: Any
-    weight_owner: Any = None  # a model that shares the dense weights and keeps them: the teacher
-
-    def cut(self, plan: Plan, sites: Iterable[Site], before: Plan | None = None) -> None:
-        """See `DecoderLayers`."""
-        if self.weight_owner is None:
-            cut_linears(self.model, plan, sites=sites)
-        else:
-            cut_sharing_weights(self.model, self.weight_owner, plan, sites=sites, before=before)
-
-
-def shard_layers(model: Any, ranks: Ranks, weight_owner: Any = None) -> DecoderLayers:
-    """Shard the frozen weights if the launch says so, in place.
-
-    Only rank 0 needs them before: on the others the model may be on the meta device. Sharded weights have no
-    `weight_owner`.
+    Only rank 0 needs the weights before: on the others the model may be on the meta device. Weights that are not
+    sharded may belong to a `weight_owner`: a model that shares the dense weights and keeps them, the teacher.
     """
-    if not ranks.uses_fsdp:
-        return UnshardedLayers(model, weight_owner)
-    return ShardedLayers(model, ranks)
+    if ranks.uses_fsdp:
+        return ShardedLayers(model, ranks).cut
+    if weight_owner is None:
+        return lambda plan, sites, _: cut_linears(model, plan, sites=sites)
+    return lambda plan, sites, before: cut_sharing_weights(model, weight_owner, plan, sites=sites, before=before)
 
 
 class ShardedLayers:
@@ -69,7 +51,7 @@ class ShardedLayers:
         self.model, self.ranks = model, ranks
         self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         self.prefix: str = model.base_model_prefix
-        self.blueprint = _meta_copy(model, self._decoder())
+        self.blueprint = _meta_copy(model, model.get_submodule(self.prefix))
         self.names = architecture_info(model).layer_prefixes
         for name in self.names:
             layer = model.get_submodule(name)
@@ -81,9 +63,9 @@ class ShardedLayers:
         )
         self._shard_embedding()
 
-    def cut(self, plan: Plan, sites: Iterable[Site], before: Plan | None = None) -> None:
-        """See `DecoderLayers`; every rank gathers the weights of one layer at a time."""
-        sites, old, new = tuple(sites), self._decoder(), self.blueprint.train(self.model.training)
+    def cut(self, plan: Plan, sites: Sequence[Site], before: Plan | None) -> None:
+        """`cut_linears`; every rank gathers the weights of one layer at a time."""
+        old, new = self.model.get_submodule(self.prefix), self.blueprint.train(self.model.training)
         self.blueprint = _meta_copy(self.model, new)
         setattr(self.model, self.prefix, new)
         for index, name in enumerate(self.names):
@@ -97,10 +79,6 @@ class ShardedLayers:
             self._shard(layer)
         _copy_weights(new, old)
         self._shard_embedding()
-
-    def _decoder(self) -> nn.Module:
-        decoder: nn.Module = self.model.get_submodule(self.prefix)
-        return decoder
 
     def _shard_embedding(self) -> None:
         from torch.distributed import fsdp

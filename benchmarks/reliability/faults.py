@@ -1,6 +1,6 @@
 """E7: planted faults of a whole run on a tiny random model: each is survived, or ends it with one line and no loss.
 
-    python benchmarks/faults.py [--small FOLDER] [--device cpu]
+    python benchmarks/reliability/faults.py [--small FOLDER] [--device cpu]
 
 `--small` names an empty folder on a file system of 75 to 100 MB of its own (`mount -t tmpfs -o size=80m tmpfs FOLDER`);
 without it the full disk is left out. Faults, each through the command line in a process of its own:

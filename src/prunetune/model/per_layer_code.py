@@ -1,16 +1,19 @@
-"""Generates the two Python modules of a per-layer checkpoint, from the sites of one layer."""
+"""Generates the two Python modules of a per-layer checkpoint: a function of its config.json."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prunetune.errors import ModelError
-from prunetune.export.per_layer_config import PerLayerNames, width_option_names
-from prunetune.export.per_layer_templates import (
+from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
+from prunetune.model.per_layer_templates import (
     CONFIGURATION_TEMPLATE,
     MODELING_TEMPLATE,
     NO_ATTENTION,
@@ -22,20 +25,36 @@ from prunetune.export.per_layer_templates import (
     RESIZED_TRANSPOSED,
     SHORTER,
 )
-from prunetune.pruning.families import get_family
+from prunetune.pruning.families import architecture_info, get_family, head_counts
 from prunetune.pruning.linears import is_transposed
-from prunetune.pruning.units import Site, UnitKind
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import DEFAULT_UNITS, Site, UnitKind
 
 
-def write_code(folder: Path, names: PerLayerNames, sites: Sequence[Site], model: Any) -> None:
-    """Write `configuration_pruned.py` and `modeling_pruned.py`."""
-    configuration, modeling = generate_code(names, sites, model)
-    (folder / "configuration_pruned.py").write_text(configuration, encoding="utf-8")
-    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
+def build_meta_model(config: Any) -> Any:
+    """A causal language model of a stock class, without weights (on the meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def generate_code(names: PerLayerNames, sites: Sequence[Site], model: Any) -> tuple[str, str]:
-    """The text of configuration_pruned.py and of modeling_pruned.py; `prunetune.hub` executes it, too."""
+def write_code(folder: Path) -> None:
+    """Write `configuration_pruned.py` and `modeling_pruned.py` for the folder's config.json."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, text in generate_code(values, folder)[1].items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def generate_code(values: Mapping[str, Any], folder: object) -> tuple[PerLayerNames, dict[str, str]]:
+    """The class names, and the text of both modules by file name, for the values of `folder`'s config.json.
+
+    Raises `ModelError` for values that no module can be written for.
+    """
+    model = build_meta_model(dense_config(values, folder))
+    names = PerLayerNames.from_model(model)
+    kinds = _resized_kinds(values["per_layer_config"].values(), model)
+    sites = find_sites(model, [kind.recipe_name for kind in kinds] or DEFAULT_UNITS)
     lines = layer_lines(sites, names, model)
     text = "".join(lines)
     mixture = get_family(model.config).mixture
@@ -46,7 +65,7 @@ def generate_code(names: PerLayerNames, sites: Sequence[Site], model: Any) -> tu
         "OwnHeads(": OWN_HEADS,
     }
     transposed = any(is_transposed(module) for module in model.modules())
-    values = {
+    fields = {
         "config": names.config, "base": names.base, "causal": names.causal, "model_type": names.model_type,
         "inner": names.base_attribute, "layers": names.layers_path,
         "helpers": "".join(helper for name, helper in helpers.items() if name in text),
@@ -56,9 +75,26 @@ def generate_code(names: PerLayerNames, sites: Sequence[Site], model: Any) -> tu
         "pruned_config": f"Pruned{names.config}", "pruned_base": f"Pruned{names.base}",
         "pruned_causal": names.model_class,
     }  # fmt: skip
-    modeling = MODELING_TEMPLATE.substitute(values)
-    values["digest"] = f"modeling_pruned.py {hashlib.sha256(modeling.encode()).hexdigest()[:12]}"
-    return CONFIGURATION_TEMPLATE.substitute(values), modeling
+    modeling = MODELING_TEMPLATE.substitute(fields)
+    fields["digest"] = f"modeling_pruned.py {hashlib.sha256(modeling.encode()).hexdigest()[:12]}"
+    configuration = CONFIGURATION_TEMPLATE.substitute(fields)
+    return names, {"configuration_pruned.py": configuration, "modeling_pruned.py": modeling}
+
+
+def _resized_kinds(layers: Iterable[Mapping[str, Any]], model: Any) -> set[UnitKind]:
+    """The kinds of unit that some layer in `per_layer_config` has fewer of, or none."""
+    options, heads = width_option_names(model.config), head_counts(model.config)
+    keys = {key for layer in layers for key in (*layer, *layer.get("skip", ()))}
+    kinds = {kind for kind in UnitKind if options.get(kind) in keys} - {UnitKind.QUERY_HEAD}
+    if any(
+        layer.get("num_attention_heads", heads.query_heads)
+        != layer.get("num_key_value_heads", heads.kv_heads) * heads.queries_per_kv_head
+        for layer in layers
+    ):
+        kinds.add(UnitKind.QUERY_HEAD)
+    kinds |= {UnitKind.KV_GROUP, UnitKind.ATTENTION_BLOCK} if "attention" in keys else set()
+    kinds |= {UnitKind.MLP_BLOCK} if "mlp" in keys else set()
+    return kinds - set(architecture_info(model).unprunable)
 
 
 def layer_lines(sites: Sequence[Site], names: PerLayerNames, model: Any) -> list[str]:

@@ -1,6 +1,6 @@
-"""Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit (M8).
+"""Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit.
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu] [--jobs 1]
+    python benchmarks/reliability/kills_by_time.py [--kills 30] [--seed 0] [--steps 400] [--device cpu] [--jobs 1]
 
 The run is whole (teacher, four cuts, all weights, export, evaluation, report), on a small random model made here. A
 kill is SIGKILL to the process: a stage is drawn among those that the run has not reached, and up to half a second after
@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from support.evaluation import characters, speaker
 

@@ -2,11 +2,12 @@
 
 No stock class builds layers from `per_layer_config` yet (transformers 5.23 has the configuration half only), so the
 folder has two small generated modules (see `per_layer_code`) that subclass the original classes and resize linears.
+prunetune itself opens such a folder by classes of its own (`per_layer_classes`), and never runs those modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,26 @@ from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.families import architecture_info, get_family, head_counts, num_experts_key
 from prunetune.pruning.units import Site, UnitKind, surviving_layers
+from prunetune.utils.failures import reading_model_files
 
 MODEL_TYPE_PREFIX = "pruned_"  # of a model_type
+# Keys that the stock class does not have: the per-layer schema, and rotary keys that only older releases read.
+NON_STOCK_KEYS = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
+
+
+def dense_config(values: Mapping[str, Any], folder: object) -> Any:
+    """The stock class's configuration in the values of `folder`'s config.json; of a per-layer model the dense one.
+
+    Raises `ModelError` for an unknown class, and for values that it refuses.
+    """
+    from transformers import CONFIG_MAPPING
+
+    family = str(values["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
+    if family not in CONFIG_MAPPING:
+        raise ModelError(f"{folder}: {family} is no architecture of transformers; name a model of one that is")
+    stock_values = {key: value for key, value in values.items() if key not in NON_STOCK_KEYS}
+    with reading_model_files(f"{folder}/config.json does not fit {family}", "write the model again"):
+        return CONFIG_MAPPING[family].from_dict(stock_values | {"model_type": family})
 
 
 @dataclass(frozen=True)
