@@ -54,8 +54,9 @@ def test_any_file_is_rows_or_refused(
     content = FILES[name](rows).encode("utf-8", "surrogatepass")
     file = tmp_path_factory.getbasetemp() / name
     file.write_bytes(data.draw(torn(content)) if data.draw(st.booleans()) else content)
+    config = DataConfig(group=data.draw(st.sampled_from(("", "group"))))
     with refused_or_fine():
-        for record in read_records([str(file)], DataConfig(group=data.draw(st.sampled_from(("", "group")))), "train"):
+        for record in read_records([str(file)], config, "train"):
             record.question_hash()
             record.content_json().encode()
 

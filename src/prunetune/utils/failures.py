@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from prunetune.errors import ModelError, PrunetuneError
 from prunetune.utils.launch import rank_and_world_size
+from prunetune.utils.untrusted import shorten
 
 LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
 
@@ -122,4 +123,4 @@ def reading_model_files(subject: str, next_step: str) -> Iterator[None]:
             reason = " ".join(str(broken).split())
         elif not isinstance(broken, SELF_EXPLAINING) and type(broken).__name__ != "SafetensorError":
             reason = f"{type(broken).__name__}: {reason}"
-        raise ModelError(f"{subject}: {reason}; {next_step}") from broken
+        raise ModelError(f"{subject}: {shorten(reason, 500)}; {next_step}") from broken
