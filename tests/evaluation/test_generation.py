@@ -56,10 +56,21 @@ def test_answers_equal_argmax_step_by_step(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_answers_of_hybrids_do_not_depend_on_the_batch(family: str) -> None:
+def test_prompts_of_hybrids_are_not_padded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding on the left would become part of the states that they carry through a sequence."""
     model = hybrid(family, vocab_size=speaker().config.vocab_size)
-    assert written(model, PROMPTS) == [written(model, [prompt])[0] for prompt in PROMPTS]
+    generate_by_transformers, masks = model.generate, []
+
+    def recorded(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        masks.append(options["attention_mask"])
+        result: torch.Tensor = generate_by_transformers(ids, **options)
+        return result
+
+    monkeypatch.setattr(model, "generate", recorded)
+    answers = written(model, [*PROMPTS, "b"])
+    assert [tuple(mask.shape) for mask in masks] == [(2, 2), (1, 3), (1, 6), (1, 12)]
+    assert all(mask.all() for mask in masks)
+    assert answers == [written(model, [prompt])[0] for prompt in [*PROMPTS, "b"]]
 
 
 def test_answer_ends_at_every_known_end() -> None:

@@ -217,11 +217,13 @@ def test_folders_that_hold_no_model_say_what_they_hold(tmp_path: Path) -> None:
             load_meta_model(str(tmp_path / name))
 
 
-def test_left_over_weight_files_are_not_read(tmp_path: Path) -> None:
+def test_left_over_weight_files_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = model_folder(tmp_path / "model")
     file = folder / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, folder / "old.safetensors")
     assert weight_files(str(folder)) == [file]
+    load_meta_model(str(folder))
+    assert "not read, nor by transformers: old.safetensors" in caplog.text
     name = "model.norm.weight"
     assert torch.equal(open_safetensors(str(folder)).tensor(name), load_file(file)[name])
     file.rename(folder / "part.safetensors")

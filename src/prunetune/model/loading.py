@@ -32,6 +32,7 @@ from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
 from prunetune.utils.untrusted import parse_json
 
+log = logging.getLogger(__name__)
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -192,6 +193,8 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
     raise_if_unprunable(name, _config_values(name))
     config = load_config(name, trust_remote_code=trust_remote_code)
     raise_if_multimodal(name, config)
+    if (files := weight_files(name)) and (unread := set(files[0].parent.glob("*.safetensors")) - set(files)):
+        log.warning("%s: not read, nor by transformers: %s", name, ", ".join(sorted(file.name for file in unread)))
     return _read_headers(name, config, trust_remote_code=trust_remote_code)
 
 

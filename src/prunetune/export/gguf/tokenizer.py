@@ -55,7 +55,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
 
 def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
     """Copy all keys of the tokenizer from the GGUF file that the run started from."""
-    reader = gguf.GGUFReader(base)
+    with reading_model_files(f"{base}: cannot be read as GGUF", "check the file or fetch it again"):
+        reader = gguf.GGUFReader(base)
     fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
     tokens = len(fields["tokenizer.ggml.tokens"].data)
     if tokens != source.config.vocab_size:
