@@ -140,15 +140,19 @@ def passes(tree: Path, files: tuple[str, ...], timeout: float) -> bool | None:
         finally:
             os._exit(code)
     ends = time.monotonic() + timeout
-    while time.monotonic() < ends:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status == 0
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    try:
+        while time.monotonic() < ends:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                pid = 0
+                return status == 0
+            time.sleep(0.05)
+        return None
+    finally:  # also if this run is ended
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def run_tests(tree: Path, files: tuple[str, ...]) -> int:
@@ -207,6 +211,7 @@ def main() -> None:
     parser.add_argument("--found", type=Path, required=True, help="file of outcomes, one a line")
     parser.add_argument("--out", type=Path, help="file for the row; printed if left out")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ends = time.monotonic() + 60 * options.minutes
     listed = yaml.safe_load(Path(__file__).with_name("mutation_equivalent.yaml").read_text(encoding="utf-8"))
     equivalent = {(entry["module"], entry["before"], entry["after"]) for entry in listed}

@@ -93,3 +93,10 @@ def test_uniform_plan_of_nested_units_gives_widths_within_each_group() -> None:
     kept = {site.name: units[site.kind] if site.layer != 3 else () for site in sites}
     config = uniform_config_from_plan(model.config, Plan(kept, {site.name: site.units for site in sites}), sites)
     assert sizes_of(config) == (2, 2, 8, 48, 72)
+
+
+def test_family_of_the_same_arithmetic_adds_neither_dropout_nor_a_window() -> None:
+    config = shrink_config(tiny_config("qwen2", groups=6, ratio=1), 5, None)
+    assert (config.attention_bias, config.attention_out_bias) == (True, False)
+    assert (config.attention_dropout, config.residual_dropout) == (0.0, 0.0)
+    assert shrink_config(tiny_config("llama", groups=6, ratio=1), 5, None).sliding_window is None
