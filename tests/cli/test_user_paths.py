@@ -56,5 +56,5 @@ def test_no_source_of_data_is_such_a_path(name: str) -> None:
 def test_run_folder_that_is_a_link_to_nowhere_is_refused() -> None:
     Path("link").symlink_to("nowhere")
     for out in ("link", "link/run"):
-        with pytest.raises(RunFolderError, match="link is no folder"):
+        with pytest.raises(RunFolderError, match="link is a link to nothing"):
             check_folder(RunConfig(out=out), resume=False)

@@ -139,12 +139,10 @@ def run_path(config: RunConfig) -> Path:
 
 
 def _raise_if_not_writable(path: Path) -> None:
-    try:
-        existing = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
-    except OSError as failed:
-        raise RunFolderError(f"{path} cannot be opened ({failed.strerror}): name another folder with --out") from failed
+    existing = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not existing.is_dir():
-        raise RunFolderError(f"{existing} is no folder: name another folder with --out")
+        what = "a file" if existing.exists() else "a link to nothing"
+        raise RunFolderError(f"{existing} is {what}: name another folder with --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RunFolderError(
             f"{existing} cannot be written to: change its permissions, or name another folder with --out"
