@@ -11,8 +11,8 @@ from prunetune.utils.untrusted import short_repr
 
 CORRECT_CONFIG = "correct config.json, or fetch it again"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-MAX_LAYERS = 512  # each takes time to build, even empty
+# Far above those of any model: every layer and unit takes time, even of a model without weights.
+MAXIMA = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512, "intermediate_size": 2**18}
 # Values that count something, and so are 1 or more.
 COUNTS = (
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size",
@@ -38,9 +38,10 @@ def check_config_values(name: str, values: Mapping[str, Any], *, trust_remote_co
     for key in COUNTS:
         if isinstance(values.get(key), int) and values[key] < 1:
             raise _wrong_value(name, key, values, "1 or more")
-    for key in LAYER_COUNTS:
-        if isinstance(values.get(key), int) and values[key] > MAX_LAYERS:
-            raise _wrong_value(name, key, values, f"{MAX_LAYERS} or fewer")
+    for part in (values, values.get("text_config") or {}):
+        for key, largest in MAXIMA.items():
+            if isinstance(part.get(key), int) and part[key] > largest:
+                raise _wrong_value(name, key, part, f"{largest} or less")
 
 
 def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) -> ModelError:

@@ -223,12 +223,6 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     for file in weight_files(name):
         with reading_model_files(f"model {name}: {file.name} cannot be read", "fetch it again"):
             stored_dtypes |= dict(_stored_dtypes(file))
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if stored_dtypes and layers > len(stored_dtypes):  # which would take hours to build
-        raise ModelError(
-            f"model {name}: num_hidden_layers is {layers} in config.json, and the files hold {len(stored_dtypes)} "
-            f"tensors; {CORRECT_CONFIG}"
-        )
     with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
         if not stored_dtypes:
             with torch.device("meta"):
