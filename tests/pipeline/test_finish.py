@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunetune.config.recipe import from_mapping
-from prunetune.pipeline.finish import _adapter_merge, _check_tokens
+from prunetune.pipeline.finish import _weight_merger, _check_tokens
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.sites import find_sites
@@ -33,12 +33,12 @@ def test_weights_merged_one_by_one_are_those_merged_at_once(family: str, alpha: 
     adapters = {name: weight.detach().clone() for name, weight in trainable_parameters(model).items()}
     state = TrainingState(plan=plan, tensors={"adapters": adapters})
     context = cast("RunContext", SimpleNamespace(config=config, sites=sites))
-    merge = _adapter_merge(dense, context, state)
+    merge = _weight_merger(dense, context, state)
     merge_adapters(model)
     at_once = dict(model.named_parameters())
     changed = 0
     for name, weight in dense.named_parameters():
-        merged = merge(name, weight.detach())
+        merged = merge(name, weight.detach().clone())
         torch.testing.assert_close(merged, at_once[name].detach())
         changed += not torch.equal(merged, weight)
     assert changed == len(adapters) // 2
@@ -55,9 +55,9 @@ def test_adapters_of_a_cut_model_are_merged_into_the_units_that_it_keeps() -> No
             nn.init.normal_(parameter, std=0.2)
     adapters = {name: weight.detach().clone() for name, weight in trainable_parameters(pruned).items()}
     state = TrainingState(plan=plan, is_cut=True, tensors={"adapters": adapters})
-    merge = _adapter_merge(dense, cast("RunContext", SimpleNamespace(config=config, sites=sites)), state)
+    merge = _weight_merger(dense, cast("RunContext", SimpleNamespace(config=config, sites=sites)), state)
     for name, weight in dense.named_parameters():
-        weight.data = merge(name, weight.detach())
+        weight.data = merge(name, weight.detach().clone())
     merge_adapters(pruned)
     expected = dict(pruned.named_parameters())
     for name, merged in cut(dense, plan, sites=sites).named_parameters():

@@ -268,7 +268,8 @@ def test_reply_s_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
 def test_log_probabilities_of_any_type_are_a_one_line_error(values: Any) -> None:
     logprobs = {"token_logprobs": values, "text_offset": list(range(5, 13)) if isinstance(values, list) else values}
     reply = {"choices": [{"text": "Where? heart", "logprobs": logprobs}]}
-    with serving(lambda *_: reply) as server, pytest.raises(BackendError, match="likelihoods are not possible"):
+    message = "likelihoods are not possible|did not reply with JSON"  # a number of 401 digits is none
+    with serving(lambda *_: reply) as server, pytest.raises(BackendError, match=message):
         request_one(endpoint(server.url), "nll")
 
 
