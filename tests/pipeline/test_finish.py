@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunetune.config.recipe import from_mapping
-from prunetune.pipeline.finish import _weight_merger, _check_tokens
+from prunetune.pipeline.finish import _check_tokens, _weight_merger
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.sites import find_sites

@@ -61,7 +61,8 @@ def context_of(folder: Path, *limits: str, guard: int = 0, **options: Any) -> Ru
     config = from_mapping(merge_mappings(recipe, options))
     rows = tuple(choice(index) for index in range(3))
     context = SimpleNamespace(
-        config=config, sites=SITES, dense_params=DENSE_PARAMS, ranks=SINGLE_PROCESS, folder=RunFolder(folder), base=None,
+        config=config, sites=SITES, dense_params=DENSE_PARAMS, ranks=SINGLE_PROCESS, base=None,
+        folder=RunFolder(folder),
         splits=SimpleNamespace(valid=rows, guard=tuple(text(index) for index in range(guard))),
         encoded={"valid": SimpleNamespace(examples=rows)}, constraints=PlanConstraints(config.layout, align=8),
     )  # fmt: skip
