@@ -250,9 +250,11 @@ def describe_help(context: RunContext, teacher: Teacher | None) -> str:
     config = context.config
     teacher_name = "no teacher" if teacher is None else f"{config.distill.teacher} teacher"
     texts = ["texts"] if teacher is not None and "texts" in context.encoded else []
+    starts_tuned = teacher is not None and teacher.is_tuned and config.train.start == "teacher"
+    start = ["from its weights"] if starts_tuned else []
     if config.train.weights == "all":
-        return ", ".join([teacher_name, *texts, "all weights", "muon"])
-    return ", ".join([teacher_name, *texts, f"rank {config.lora.rank}", config.train.optimizer])
+        return ", ".join([teacher_name, *start, *texts, "all weights", "muon"])
+    return ", ".join([teacher_name, *start, *texts, f"rank {config.lora.rank}", config.train.optimizer])
 
 
 def build_calibration(context: RunContext, job: TrainingJob, passes: Passes) -> Calibration:
