@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from prunetune.errors import ConfigError
 from prunetune.model.activation_checkpointing import use_checkpointing
+from prunetune.pruning.compensation import compensate_consumers
 from prunetune.pruning.curvature import Curvature, consumer_name, record_curvature, removal_costs
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.sites import find_sites
-from support.models import FAMILIES, tiny, tokens, with_lora
+from prunetune.utils.capture_lock import CAPTURE_LOCK
+from support.models import FAMILIES, random_plan, tiny, tokens, with_lora
 
 
 def loss_of(model: Any, ids: Tensor, length: int) -> Tensor:
@@ -109,6 +111,20 @@ def test_adapter_counts_as_if_it_were_merged() -> None:
     with torch.no_grad():
         get_base_linear(model, consumer_name(site)).weight.mul_(2)
     torch.testing.assert_close(4 * costs, removal_costs(model, site, curvature), rtol=1e-4, atol=0.0)
+
+
+def test_no_linear_algebra_runs_while_a_cuda_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the recording of another thread."""
+    model, ids, genuine, locked = tiny(), tokens(batch=2, length=9), torch.linalg.cholesky, []
+    sites = find_sites(model)
+    curvatures = curvatures_of(model, ids, 9)
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda gram: (locked.append(CAPTURE_LOCK.locked()), genuine(gram))[1])
+    removal_costs(model, sites[0], curvatures[consumer_name(sites[0])])
+    grams = {name: curvature.inputs for name, curvature in curvatures.items()}
+    compensate_consumers(model, sites, random_plan(model), grams)
+    assert len(locked) > 2
+    assert all(locked)
+    assert not CAPTURE_LOCK.locked()
 
 
 def test_unit_without_a_linear_of_its_own_is_refused() -> None:

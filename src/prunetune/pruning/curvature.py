@@ -99,7 +99,8 @@ def removal_costs(model: nn.Module, site: Site, curvature: Curvature) -> Tensor:
     `removal_errors` of the consumer, its output first multiplied by a root of G, so that an error is a change of loss.
     """
     name = consumer_name(site)
-    linear, adapted = get_base_linear(model, name), model.get_submodule(name)
+    linear: Any = get_base_linear(model, name)
+    adapted: Any = model.get_submodule(name)
     stored = linear.weight.double()
     for adapter in getattr(adapted, "active_adapters", ()):
         stored = stored + adapted.get_delta_weight(adapter).double()
