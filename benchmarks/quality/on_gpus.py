@@ -1,14 +1,16 @@
 """A grid of (domain, budget, method, seed, learning rate) on the GPUs of one machine, within a time, resumably.
 
     python benchmarks/quality/on_gpus.py VARIANTS.yaml --data DATA --model MODEL.gguf --out OUT --split test \
-        --groups progressive,fisher wanda-sp,flap [--domains legal healthcare] [--keeps 0.6 0.4] \
-        [--seeds 0 1 2] [--rates 5e-4 1e-3 2e-3] [--jobs 4] [--gpus 0 1] [--seconds 540] [-- OPTIONS OF `compare`]
+        --groups progressive,fisher wanda-sp,flap [--domains legal healthcare] [--keeps 0.6 0.4] [--seeds 0 1 2] \
+        [--rates 5e-4 1e-3 2e-3] [--jobs 4] [--processes 3] [--gpus 0 1] [--seconds 540] [-- OPTIONS OF `compare`]
 
-A comparison is one domain and one group of methods (OUT/legal-0, ...). Each GPU runs one comparison at a time with
-`--jobs` cells at once, and takes the next one when it is done. Each comparison begins with the dense model, its
-teacher, one for each seed, so few large groups cost least. Of several rates each method that sets none gets its own,
-chosen on valid. At the end of the time all are interrupted; the same command continues them. On valid the recipes are
-`benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
+A comparison is one domain and one group of methods (OUT/legal-0, ...). Each GPU runs one comparison at a time, or
+`--processes` of them, with `--jobs` cells at once, and takes the next one when it is done. Several processes on a GPU
+need NVIDIA's MPS (start `nvidia-cuda-mps-control -d` before): with 3 of 5 jobs, an H200 does three times as many cells
+as with one of 8. Each comparison begins with the dense model, its teacher, one for each seed, so few large groups cost
+least. Of several rates each method that sets none gets its own, chosen on valid. At the end of the time all are
+interrupted; the same command continues them. On valid the recipes are `benchmarks/quality/DOMAIN-valid.yaml`, else
+`recipes/DOMAIN.yaml`.
 
 Prints a line for each cell, and writes all cells of a domain with every item to OUT/DOMAIN.json (`merged.py`).
 """
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["0"])
     parser.add_argument("--rates", nargs="+", default=["1e-3"])
     parser.add_argument("--jobs", default="4", help="cells at once on each GPU")
+    parser.add_argument("--processes", type=int, default=1, help="comparisons at once on each GPU, under MPS")
     parser.add_argument("--gpus", nargs="+", type=int, help="their numbers; default: all")
     parser.add_argument("--seconds", type=float, default=1e9, help="until all are interrupted")
     words = sys.argv[1:]
@@ -67,7 +70,7 @@ def main() -> None:
             run_until(command(arguments, domain, number, options), arguments.out / f"{domain}-{number}.log", gpu, end)
 
     gpus = arguments.gpus or list(range(torch.cuda.device_count())) or [0]
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus * arguments.processes]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -386,16 +386,21 @@ def test_obs_scores_the_loss_that_other_columns_cannot_make_up_for() -> None:
     scores = BASELINES["obs"](given)
     site = next(site for site in given.sites if site.name == "model.layers.1.self_attn")
     name, per = site.consumer.module, site.consumer.rows_per_unit
-    inputs, weight = inputs_of(model, name), model.get_submodule(name).weight.double()
+    weight, read = model.get_submodule(name).weight.double(), []
     metric = torch.zeros(len(weight), len(weight), dtype=torch.float64)
     for row in rows():
-        outputs: list[Tensor] = []
+        passed: list[tuple[Tensor, Tensor]] = []
         handle = model.get_submodule(name).register_forward_hook(
-            lambda _, __, output: outputs.append(output.requires_grad_())  # noqa: B023
+            lambda _, given, output: passed.append((given[0], output.requires_grad_()))  # noqa: B023
         )
-        (gradient,) = torch.autograd.grad(3 * loss_of(model, row), outputs[-1:] or outputs)
+        loss = 3 * loss_of(model, row)
+        ((row_inputs, row_outputs),) = passed
+        (gradient,) = torch.autograd.grad(loss, row_outputs)
         handle.remove()
         metric += gradient[0].t() @ gradient[0]
+        read.append(row_inputs[0][(gradient[0] != 0).any(1)])  # the last layer's outputs count where a label follows
+    inputs = torch.cat(read).detach()
+    assert len(inputs) < sum(len(row) for row in rows())
     metric += 0.01 * metric.diagonal().mean() * torch.eye(len(metric))
     ridge = 0.01 * (inputs.t() @ inputs).diagonal().mean()
     design = torch.cat([inputs, ridge.sqrt() * torch.eye(inputs.shape[1])])  # least squares with the ridge
@@ -405,7 +410,7 @@ def test_obs_scores_the_loss_that_other_columns_cannot_make_up_for() -> None:
         target = design @ weight.t()
         solution = torch.linalg.lstsq(design[:, kept], target).solution
         residual = target - design[:, kept] @ solution
-        return float(torch.trace(metric @ residual.t() @ residual))
+        return float(torch.trace(metric @ residual.t() @ residual)) / len(inputs)
 
     first = min(range(site.units), key=lambda unit: error([unit]))
     other = 1 - first

@@ -7,7 +7,7 @@ H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from prunetune.baselines.activations import Moments, block_influences, input_grams, input_moments
 from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
-from prunetune.errors import ConfigError
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
-from prunetune.pruning.compensation import compensate_consumers, damped, removal_errors
+from prunetune.pruning.compensation import compensate_consumers
+from prunetune.pruning.curvature import consumer_name, record_curvature, removal_costs
 from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
@@ -77,7 +77,7 @@ def bias_compensation(calibration: Calibration, plan: Plan) -> dict[str, Tensor]
     The baseline bias of FLAP (An et al. 2024, arXiv 2312.11983, section 3).
     """
     sites = [site for site in calibration.sites if len(plan.kept[site.name]) < site.units and site.consumer]
-    moments = input_moments(calibration.model, [_consumer(site) for site in sites], calibration.batches)
+    moments = input_moments(calibration.model, [consumer_name(site) for site in sites], calibration.batches)
     biases = {}
     for site in sites:
         assert site.consumer is not None
@@ -177,7 +177,7 @@ def gate_gradients(calibration: Calibration) -> Scores:
 
 def _compensate_consumers(calibration: Calibration, plan: Plan) -> None:
     """Let the kept columns of every consumer take over the output of the removed ones, on dense inputs."""
-    grams = input_grams(calibration.model, map(_consumer, calibration.sites), calibration.batches)
+    grams = input_grams(calibration.model, map(consumer_name, calibration.sites), calibration.batches)
     compensate_consumers(calibration.model, calibration.sites, plan, grams)
 
 
@@ -191,20 +191,16 @@ def _compensate_consumers(calibration: Calibration, plan: Plan) -> None:
 def obs(calibration: Calibration) -> Scores:
     """Output error of a unit's consumer that its other columns cannot make up for, in terms of the loss, per parameter.
 
-    Optimal brain surgeon for structures: `removal_errors` of each consumer. To be comparable over layers, its output is
-    first multiplied by a root of the Gram matrix of the loss's gradients there (a Kronecker-factored Fisher matrix), so
-    that an error is the change of the loss to second order. After the plan is known, the kept columns are updated.
+    Optimal brain surgeon for structures: `removal_costs` on the curvature of the answers' loss, which compares layers.
+    After the plan is known, the kept columns are updated.
     """
+    with record_curvature(calibration.model, calibration.sites) as curvatures:
+        for batch in calibration.batches:
+            _loss_sum(calibration.model, batch).backward()  # type: ignore[no-untyped-call]
     scores = {}
-    names = {site.name: _consumer(site) for site in calibration.sites}
-    grams = input_grams(calibration.model, names.values(), calibration.batches)
-    gradient_grams = _output_gradient_grams(calibration, names.values())
     for site in calibration.sites:
-        name = names[site.name]
-        root = torch.linalg.cholesky(damped(gradient_grams[name]))  # L of G = L L^T
-        weight = root.t() @ _weight(calibration.model, name).detach().double()
-        errors = removal_errors(weight, grams[name], site.units)
-        scores[site.name] = (errors / calibration.unit_price(site)).float().cpu()
+        costs = removal_costs(calibration.model, site, curvatures[consumer_name(site)])
+        scores[site.name] = (costs / calibration.unit_price(site)).float().cpu()
     return scores
 
 
@@ -224,21 +220,10 @@ def block_influence(calibration: Calibration) -> Scores:
 
 def _consumers(calibration: Calibration) -> Iterator[tuple[Site, Tensor, Moments]]:
     """Each site with its consumer's weight [H, C] and the moments of that linear's input [C]."""
-    names = [_consumer(site) for site in calibration.sites]
+    names = [consumer_name(site) for site in calibration.sites]
     moments = input_moments(calibration.model, names, calibration.batches)
     for site, name in zip(calibration.sites, names, strict=True):
         yield site, _weight(calibration.model, name), moments[name]
-
-
-def _consumer(site: Site) -> str:
-    """Name of the linear that reads the units; raises `ConfigError` for units that no linear of their own reads."""
-    if site.consumer is None:
-        raise ConfigError(
-            f"baselines that measure the input of a unit's output linear, such as wanda-sp, cannot score "
-            f"{site.kind.recipe_name}, which have none of their own: leave them out of compare.methods, or set "
-            "budget.units to kv-groups, query-heads and mlp-channels"
-        )
-    return site.consumer.module
 
 
 def _weight(model: Any, name: str) -> Tensor:
@@ -255,33 +240,6 @@ def _per_price(sums: Mapping[str, Tensor], calibration: Calibration) -> Scores:
         if parent is not None and not parent.kind.is_whole_block:  # a whole block's sum has all its weights already
             totals[parent.name] = totals[parent.name] + sums[site.name].view(parent.units, -1).sum(1)
     return {name: (total / calibration.unit_price(sites[name])).float() for name, total in totals.items()}
-
-
-def _output_gradient_grams(calibration: Calibration, modules: Iterable[str]) -> dict[str, Tensor]:
-    """Sum over tokens of g g^T, g the gradient of the summed loss at a module's output: {module: float32 [H, H]}."""
-    grams: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def add(gradient: Tensor) -> None:
-            rows = gradient.flatten(0, -2).float()  # of padding they are zero
-            grams[name] = grams[name] + rows.t() @ rows if name in grams else rows.t() @ rows
-
-        def record(_: Any, __: Any, output: Tensor) -> None:
-            if not output.requires_grad:  # the first one: weights are frozen
-                output.requires_grad_()
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-        return record
-
-    model = calibration.model
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in dict.fromkeys(modules)]
-    try:
-        for batch in calibration.batches:
-            _loss_sum(model, batch).backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return grams
 
 
 def _loss_sum(model: Any, batch: Batch) -> Tensor:

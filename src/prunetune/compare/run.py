@@ -31,9 +31,9 @@ from prunetune.pipeline.prepare import Console, RunContext, prepare
 from prunetune.pipeline.recording import record_origin
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock
 from prunetune.search.select import select
-from prunetune.train.cuda_graphs import CAPTURE_LOCK
 from prunetune.train.teacher import resolve_auto
 from prunetune.utils import environment
+from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.failures import is_gpu_fault

@@ -6,7 +6,6 @@ long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA se
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ModelError
+from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.failures import first_line, is_gpu_fault
 
 
@@ -29,8 +29,6 @@ class OwnStream:
         self.stream = stream
 
 
-# Recording runs the model's Python under hooks and settings that two threads cannot use at once.
-CAPTURE_LOCK = threading.Lock()
 STREAMS_IN_USE: weakref.WeakValueDictionary[int, OwnStream] = weakref.WeakValueDictionary()  # by handle
 STREAM_POOL_SIZE = 32  # streams that PyTorch hands out, in turn
 Function = Callable[[Sequence[Tensor]], None]

@@ -15,8 +15,8 @@ import torch
 
 from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
-from prunetune.train.cuda_graphs import CAPTURE_LOCK
 from prunetune.train.passes import Passes
+from prunetune.utils.capture_lock import CAPTURE_LOCK
 
 log = logging.getLogger(__name__)
 
