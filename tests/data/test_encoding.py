@@ -8,14 +8,14 @@ import pytest
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.encoding import chat_end_ids, chat_stop_id, encode, encode_answer, encode_prompts
-from prunetune.data.records import Record
+from prunetune.data.records import Message, Record
 from prunetune.errors import DataError
 from support.data import CHAT, subwords
 
 PAIR = Record(kind="completion", prompt="the patient has", completion=" fever", id="a", source="f:1", weight=2.0)
 TALK = Record(
     kind="chat",
-    messages=(("user", "has the patient a fever"), ("assistant", "yes"), ("user", "a cough")),
+    messages=(Message("user", "has the patient a fever"), Message("assistant", "yes"), Message("user", "a cough")),
     completion="no",
     source="f:2",
 )
@@ -196,7 +196,7 @@ def test_limit_below_two_tokens_is_refused() -> None:
 
 
 def test_chat_template_without_an_end_is_refused_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunetune.data.encoding.RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("prunetune.data.chat_template.RENDER_SECONDS", 0.3)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"^f:2: .*does not come to an end \(it takes longer than 0\.3 s\)"):
         encode_prompts([TALK], subwords(chat=endless))
