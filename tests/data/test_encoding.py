@@ -45,7 +45,7 @@ def test_example_is_prompt_answer_and_end_for_every_tokenizer(adds: str) -> None
 def test_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
     tokenizer = subwords()
     for record in ALL:
-        example = encode_one(record, tokenizer, template=template)
+        example = encode_one(record, tokenizer, template=template, loss="last")
         prompt = encode_prompts([record], tokenizer, template)[0]
         assert list(example.token_ids[: example.answer_start]) == prompt
         answer = encode_answer(record.completion, tokenizer)
@@ -85,7 +85,7 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
 )
 def test_encoded_turn_ends_at_the_token_that_stops_generation(chat: str, end: str, closing: str) -> None:
     tokenizer = subwords(chat=chat, end=end)
-    example = encode_one(TALK, tokenizer)
+    example = encode_one(TALK, tokenizer, loss="last")
     assert tokenizer.decode(example.token_ids[example.answer_start :]) == "no" + closing
 
 

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, compress, pairwise
+from itertools import accumulate, compress
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
@@ -90,29 +90,26 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
 
 
 def _encode_untruncated(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
-    by_template = [uses_chat_template(record, config.template) for record in records]
-    is_chat = [record.kind == "chat" and chat for record, chat in zip(records, by_template, strict=True)]
+    is_chat = [record.kind == "chat" and uses_chat_template(record, config.template) for record in records]
     chats = iter(_encode_chats(list(compress(records, is_chat)), tokenizer, config.loss))
     others = [record for record, chat in zip(records, is_chat, strict=True) if not chat]
-    answered = iter(encode_answered(others, tokenizer, config.template))
-    turn_end = TurnEnd.of(tokenizer).closing if any(by_template) else ""
-    text_end = [_end_of_text(tokenizer)]
+    pairs = iter(_encode_pairs(others, tokenizer, config))
+    return [next(chats if chat else pairs) for chat in is_chat]
+
+
+def _encode_pairs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
+    """Prompts with their answers, texts, and chats without a template."""
+    text_end, by_template = [_end_of_text(tokenizer)], config.template == "chat"
+    turn_end = TurnEnd.of(tokenizer, records[0].source).closing if by_template and records else ""
     examples = []
-    for record, chat, templated in zip(records, is_chat, by_template, strict=True):
-        if chat:
-            examples.append(next(chats))
-            continue
-        example = next(answered)
-        closing = turn_end if templated else ""
-        end = encode_answer(closing, tokenizer) if closing else text_end
-        has_own_end = record.completion.rstrip().endswith(closing or tokenizer.eos_token)
-        ids = (*example.token_ids, *([] if has_own_end else end))
-        turns = _raw_turns(record, tokenizer, example.answer_start) if config.loss != "last" else []
+    for record, example in zip(records, encode_answered(records, tokenizer, config.template), strict=True):
+        closing = turn_end if uses_chat_template(record, config.template) else ""
+        ids, answer = list(example.token_ids), example.answer_start
+        if not record.completion.rstrip().endswith(closing or tokenizer.eos_token):  # no second end
+            ids += encode_answer(closing, tokenizer) if closing else text_end
+        turns = _raw_turns(record, tokenizer, answer) if config.loss != "last" else []
         spans = [span for span, has_loss in turns if has_loss == (config.loss == "assistants")]
-        if config.loss == "all":
-            spans = gaps_between(spans, 1, len(ids))
-        else:
-            spans.append((example.answer_start, len(ids)))
+        spans = gaps_between(spans, 1, len(ids)) if config.loss == "all" else [*spans, (answer, len(ids))]
         examples.append(_example_of(ids, spans, record))
     return examples
 
@@ -121,7 +118,7 @@ def _encode_chats(records: Sequence[Record], tokenizer: Any, loss: Loss) -> list
     """Chats as the chat template writes them, up to the end of their last answer."""
     rendered = render_answered(tokenizer, records, loss)
     for field, count in Counter(field for chat in rendered for field in chat.unread).items():
-        log.warning("the chat template does not write %s of %d rows: it is not tuned on", field, count)
+        log.warning("%s is not written by the chat template, so it is not tuned on (%d rows)", field, count)
     tokens = _tokenize_with_spans([(chat.text, chat.loss) for chat in rendered], tokenizer)
     examples = []
     for record, chat, (ids, spans) in zip(records, rendered, tokens, strict=True):
@@ -182,9 +179,8 @@ def raw_prompt(record: Record) -> str:
     """The prompt without a chat template; raises `DataError` for a chat with tools, which only templates write."""
     if record.kind != "chat":
         return record.prompt
-    if record.tools or any(
-        '"tool_calls"' in fields for fields in (record.answer_fields, *(m.fields for m in record.messages))
-    ):
+    fields = [record.answer_fields, *(message.fields for message in record.messages)]
+    if record.tools or any('"tool_calls"' in field for field in fields):
         raise DataError(f"{record.source}: tools need a chat template; set data.template=auto, or remove the row")
     return "".join([*map(_raw_turn, record.messages), "assistant:"])
 
@@ -238,8 +234,10 @@ def _tokenize_with_spans(
     texts: Sequence[tuple[str, Sequence[Span]]], tokenizer: Any
 ) -> list[tuple[list[int], list[Span]]]:
     """Token ids of each text, without special tokens around it, and its spans of characters as spans of tokens."""
-    if not tokenizer.is_fast:  # it does not say where its tokens are
-        return [_tokenize_pieces(text, spans, tokenizer) for text, spans in texts]
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer does not say where its tokens are, which chats need; save it as tokenizer.json")
     encoded = tokenizer(
         [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -254,13 +252,6 @@ def _tokenize_with_spans(
             token_spans.append((bisect_right(ends, start), last))
         results.append((list(ids), token_spans))
     return results
-
-
-def _tokenize_pieces(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[Span]]:
-    edges = sorted({0, len(text), *chain.from_iterable(spans)})
-    pieces = _token_ids([text[start:end] for start, end in pairwise(edges)], tokenizer, special=False)
-    place = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
-    return list(chain.from_iterable(pieces)), [(place[start], place[end]) for start, end in spans]
 
 
 def truncate_example(example: Example, limit: int, bos_id: int | None) -> Example:
