@@ -32,6 +32,7 @@ from prunetune.compare.methods import read_variants
 from prunetune.config.recipe import DataConfig, RunConfig, load_recipe
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.data.encoding import encode_prompts
+from prunetune.data.records import Message
 from prunetune.data.sources import read_records
 from prunetune.errors import ModelError, PrunetuneError
 from prunetune.evaluation.suites import evaluate_suite, load_suite
@@ -54,7 +55,7 @@ from support.suites import ScriptedBackend, model_folder, open_rows
 
 pytestmark = pytest.mark.filterwarnings("default")  # lm-eval's and transformers' own
 SOURCE = Path(__file__).parents[1] / "src"
-CHAT = question(0, kind="chat", messages=(("user", "Where?"),))
+CHAT = question(0, kind="chat", messages=(Message("user", "Where?"),))
 
 
 class Payload:

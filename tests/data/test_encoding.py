@@ -8,14 +8,14 @@ import pytest
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.encoding import chat_end_ids, chat_stop_id, encode, encode_answer, encode_prompts
-from prunetune.data.records import Record
+from prunetune.data.records import Message, Record
 from prunetune.errors import DataError
 from support.data import CHAT, subwords
 
 PAIR = Record(kind="completion", prompt="the patient has", completion=" fever", id="a", source="f:1", weight=2.0)
 TALK = Record(
     kind="chat",
-    messages=(("user", "has the patient a fever"), ("assistant", "yes"), ("user", "a cough")),
+    messages=(Message("user", "has the patient a fever"), Message("assistant", "yes"), Message("user", "a cough")),
     completion="no",
     source="f:2",
 )
@@ -45,7 +45,7 @@ def test_example_is_prompt_answer_and_end_for_every_tokenizer(adds: str) -> None
 def test_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
     tokenizer = subwords()
     for record in ALL:
-        example = encode_one(record, tokenizer, template=template)
+        example = encode_one(record, tokenizer, template=template, loss="last")
         prompt = encode_prompts([record], tokenizer, template)[0]
         assert list(example.token_ids[: example.answer_start]) == prompt
         answer = encode_answer(record.completion, tokenizer)
@@ -85,7 +85,7 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
 )
 def test_encoded_turn_ends_at_the_token_that_stops_generation(chat: str, end: str, closing: str) -> None:
     tokenizer = subwords(chat=chat, end=end)
-    example = encode_one(TALK, tokenizer)
+    example = encode_one(TALK, tokenizer, loss="last")
     assert tokenizer.decode(example.token_ids[example.answer_start :]) == "no" + closing
 
 
@@ -196,7 +196,7 @@ def test_limit_below_two_tokens_is_refused() -> None:
 
 
 def test_chat_template_without_an_end_is_refused_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunetune.data.encoding.RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("prunetune.data.chat_template.RENDER_SECONDS", 0.3)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"^f:2: .*does not come to an end \(it takes longer than 0\.3 s\)"):
         encode_prompts([TALK], subwords(chat=endless))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prunetune.data.records import record_from_row
+from prunetune.data.records import Message, record_from_row
 from prunetune.errors import DataError
 
 
@@ -20,7 +20,7 @@ def test_each_form_becomes_a_record() -> None:
     text = record_of(text="all of it")
     assert (text.kind, text.completion, text.id, text.task) == ("text", "all of it", "f.jsonl:7", "t")
     chat = record_of(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
-    assert (chat.kind, chat.messages, chat.completion) == ("chat", (("user", "hi"),), "yo")
+    assert (chat.kind, chat.messages, chat.completion) == ("chat", (Message("user", "hi"),), "yo")
 
 
 @pytest.mark.parametrize(

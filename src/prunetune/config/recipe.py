@@ -69,6 +69,11 @@ class DataConfig:
     template: Literal["auto", "chat", "raw"] = option(
         "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."
     )
+    loss: Literal["assistants", "last", "all"] = option(
+        "assistants",
+        "Tokens of a row that are tuned on. assistants: answers, in a chat those of every turn; last: the last answer; "
+        "all: every token. A message with weight 0 is left out.",
+    )
     max_length: int = option(0, "Longest example in tokens; 0: the model's context.", ge=0)
     too_long: Literal["error", "truncate", "drop"] = option(
         "error", "What to do with longer examples; truncate cuts the beginning of the prompt."

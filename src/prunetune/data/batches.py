@@ -68,13 +68,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     ids, labels = [], []
     for example in examples:
         padding = longest - len(example.token_ids)
-        answer = example.token_ids[example.answer_start :]
         ids.append([*example.token_ids, *[pad_id] * padding])
-        labels.append([*[IGNORE_INDEX] * example.answer_start, *answer, *[IGNORE_INDEX] * padding])
+        row = [IGNORE_INDEX] * longest
+        for start, end in example.loss_spans:
+            row[start:end] = example.token_ids[start:end]
+        labels.append(row)
     return Batch(
         input_ids=torch.tensor(ids),
         labels=torch.tensor(labels),
-        target_tokens=sum(len(example.token_ids) - example.answer_start for example in examples),
+        target_tokens=sum(example.loss_tokens for example in examples),
         lengths=tuple(len(example.token_ids) for example in examples),
         example_ids=tuple(example.id for example in examples),
     )

@@ -1,32 +1,47 @@
-"""Records to token ids: prompts, answers, chat templates, truncation.
+"""Records to token ids: prompts, answers, which tokens carry loss, truncation.
 
-Prompt and answer are tokenised separately, so that tuning and scoring split them at the same place.
+Prompt and answer are tokenised separately, so that tuning and scoring split them at the same place. A chat is tokenised
+as a whole, as its template writes it.
 """
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, compress
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.records import Record
+from prunetune.data.chat_template import Loss, Span, TurnEnd, gaps_between, render_answered, render_prompts
+from prunetune.data.records import Message, Record
 from prunetune.errors import DataError
-from prunetune.utils.deadline import RENDER_SECONDS, call_within
 
-Messages = Sequence[tuple[str, str]]  # (role, content)
-ROWS_RENDERED_AT_ONCE = 50
-PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record. The loss counts from `answer_start` on."""
+    """Token ids of one record. The loss counts from `answer_start` on, but for `no_loss`."""
 
     token_ids: tuple[int, ...]
     answer_start: int  # in 1..len(token_ids); at its end, no token counts
     id: str = ""
     weight: float = 1.0
+    no_loss: tuple[Span, ...] = ()  # of token_ids, in order: what others say between an assistant's turns
+
+    @property
+    def loss_spans(self) -> list[Span]:
+        """The spans of `token_ids` that carry loss, in order."""
+        skipped = [span for span in self.no_loss if span[0] >= self.answer_start]
+        return gaps_between(skipped, self.answer_start, len(self.token_ids))
+
+    @property
+    def loss_tokens(self) -> int:
+        """How many tokens carry loss."""
+        return sum(end - start for start, end in self.loss_spans)
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     limit = min(config.max_length or context_length, context_length)
     if limit < 2:
         raise DataError(f"data.max_length is {limit}: an example needs 2 tokens at least; raise it")
-    examples = _encode_untruncated(records, tokenizer, config.template)
+    examples = _encode_untruncated(records, tokenizer, config)
     lengths = [len(example.token_ids) for example in examples]
     long = [index for index, length in enumerate(lengths) if length > limit]
     if long and config.too_long == "error":
@@ -70,20 +85,68 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
             f"first {records[long[0]].source}; set data.too_long=truncate or data.too_long=drop, or {advice}"
         )
     kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
-    within_limit = tuple(_truncate(examples[index], limit, tokenizer.bos_token_id) for index in kept)
+    within_limit = tuple(truncate_example(examples[index], limit, tokenizer.bos_token_id) for index in kept)
     return EncodedExamples(within_limit, tuple(kept), len(long), max(lengths, default=0))
 
 
-def _encode_untruncated(records: Sequence[Record], tokenizer: Any, template: str) -> list[Example]:
-    is_chat = [uses_chat_template(record, template) for record in records]
+def _encode_untruncated(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
+    is_chat = [record.kind == "chat" and uses_chat_template(record, config.template) for record in records]
+    chats = iter(_encode_chats(list(compress(records, is_chat)), tokenizer, config.loss))
+    others = [record for record, chat in zip(records, is_chat, strict=True) if not chat]
+    pairs = iter(_encode_pairs(others, tokenizer, config))
+    return [next(chats if chat else pairs) for chat in is_chat]
+
+
+def _encode_pairs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
+    """Prompts with their answers, texts, and chats without a template."""
+    text_end, by_template = [_end_of_text(tokenizer)], config.template == "chat"
+    turn_end = TurnEnd.of(tokenizer, records[0].source).closing if by_template and records else ""
+    examples = []
+    for record, example in zip(records, encode_answered(records, tokenizer, config.template), strict=True):
+        closing = turn_end if uses_chat_template(record, config.template) else ""
+        ids, answer = list(example.token_ids), example.answer_start
+        if not record.completion.rstrip().endswith(closing or tokenizer.eos_token):  # no second end
+            ids += encode_answer(closing, tokenizer) if closing else text_end
+        turns = _raw_turns(record, tokenizer, answer) if config.loss != "last" else []
+        spans = [span for span, has_loss in turns if has_loss == (config.loss == "assistants")]
+        spans = gaps_between(spans, 1, len(ids)) if config.loss == "all" else [*spans, (answer, len(ids))]
+        examples.append(_example_of(ids, spans, record))
+    return examples
+
+
+def _encode_chats(records: Sequence[Record], tokenizer: Any, loss: Loss) -> list[Example]:
+    """Chats as the chat template writes them, up to the end of their last answer."""
+    rendered = render_answered(tokenizer, records, loss)
+    for field, count in Counter(field for chat in rendered for field in chat.unread).items():
+        log.warning("%s is not written by the chat template, so it is not tuned on (%d rows)", field, count)
+    tokens = _tokenize_with_spans([(chat.text, chat.loss) for chat in rendered], tokenizer)
+    examples = []
+    for record, chat, (ids, spans) in zip(records, rendered, tokens, strict=True):
+        if chat.lacks_end and not chat.text.endswith(tokenizer.eos_token):
+            ids, spans = [*ids, _end_of_text(tokenizer)], [*spans[:-1], (spans[-1][0], len(ids) + 1)]
+        examples.append(_example_of(ids, spans, record))
+    return examples
+
+
+def _example_of(ids: Sequence[int], spans: Sequence[Span], record: Record) -> Example:
+    """The record's tokens up to the last that carries loss; the first, which nothing predicts, carries none."""
+    spans = [(max(1, start), end) for start, end in spans if end > max(1, start)]
+    if not spans:
+        raise DataError(f"{record.source}: no token of the row carries loss; remove the row, or change data.loss")
+    start, end = spans[0][0], spans[-1][1]
+    return Example(tuple(ids[:end]), start, record.id, record.weight, tuple(gaps_between(spans, start, end)))
+
+
+def encode_answered(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[Example]:
+    """Prompts, each with its right answer and without the end of text or turn: what is scored."""
     prompts = encode_prompts(records, tokenizer, template)
     answers = encode_answers([record.completion for record in records], tokenizer)
-    text_end = [_end_of_text(tokenizer)]
-    turn_end = chat_end_ids(tokenizer) if any(is_chat) else text_end
-    return [
-        Example((*prompt, *answer, *(turn_end if chat else text_end)), max(1, len(prompt)), record.id, record.weight)
-        for record, chat, prompt, answer in zip(records, is_chat, prompts, answers, strict=True)
-    ]
+    examples = []
+    for record, prompt, answer in zip(records, prompts, answers, strict=True):
+        if record.kind == "text" and answer[:1] == prompt:  # the text has its own start token
+            prompt = []
+        examples.append(Example((*prompt, *answer), max(1, len(prompt)), record.id, record.weight))
+    return examples
 
 
 def uses_chat_template(record: Record, template: str) -> bool:
@@ -93,22 +156,18 @@ def uses_chat_template(record: Record, template: str) -> bool:
 
 def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[list[int]]:
     """Token ids that answers are generated from or scored after; for a text row the start token, if there is one."""
-    chats, raw_texts = [], []
-    for record in records:
-        if uses_chat_template(record, template):
-            chats.append((record.messages or (("user", record.prompt),), record.source))
-        elif record.kind == "chat":
-            turns = [f"{role}: {content}\n" for role, content in record.messages]
-            raw_texts.append("".join([*turns, "assistant:"]))
-        else:
-            raw_texts.append(record.prompt)
+    is_chat = [uses_chat_template(record, template) for record in records]
+    rendered = render_prompts(tokenizer, [record for record, chat in zip(records, is_chat, strict=True) if chat])
+    raw = [record for record, chat in zip(records, is_chat, strict=True) if not chat]
     # A chat template writes the special tokens itself.
-    chat_ids = iter(_token_ids(_render_chats(tokenizer, chats, generate=True), tokenizer, special=False))
-    raw_ids = iter(_token_ids(raw_texts, tokenizer, special=True))
-    adds_end = bool(raw_texts) and _token_ids(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
+    chat_ids = iter(_token_ids(rendered, tokenizer, special=False))
+    raw_ids = iter(_token_ids([raw_prompt(record) for record in raw], tokenizer, special=True))
+    adds_end = bool(raw) and _token_ids(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
     prompts = []
-    for record in records:
-        ids = next(chat_ids) if uses_chat_template(record, template) else next(raw_ids)[: -1 if adds_end else None]
+    for record, chat in zip(records, is_chat, strict=True):
+        ids = next(chat_ids) if chat else next(raw_ids)[: -1 if adds_end else None]
+        if not chat and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+            ids = ids[1:]  # the text has its own start token
         if not ids and record.kind != "text":  # without a prompt, nothing would predict the answer's first token
             start = tokenizer.bos_token_id
             ids = [_end_of_text(tokenizer) if start is None else int(start)]
@@ -116,64 +175,44 @@ def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "a
     return prompts
 
 
-def _render_chats(tokenizer: Any, chats: Sequence[tuple[Messages, str]], *, generate: bool) -> list[str]:
-    """The text of each (messages, source); some rows at a time, as a template's loops may have no end."""
-    texts: list[str] = []
-    for start in range(0, len(chats), ROWS_RENDERED_AT_ONCE):
-        rows = chats[start : start + ROWS_RENDERED_AT_ONCE]
-
-        def render(rows: Sequence[tuple[Messages, str]] = rows) -> list[str]:
-            return [_render_chat(tokenizer, *row, generate=generate) for row in rows]
-
-        try:
-            texts += call_within(RENDER_SECONDS, render)
-        except TimeoutError as endless:
-            raise DataError(
-                f"{rows[0][1]}: the tokenizer's chat template does not come to an end ({endless}): correct it, or set "
-                "data.template=raw"
-            ) from endless
-    return texts
+def raw_prompt(record: Record) -> str:
+    """The prompt without a chat template; raises `DataError` for a chat with tools, which only templates write."""
+    if record.kind != "chat":
+        return record.prompt
+    fields = [record.answer_fields, *(message.fields for message in record.messages)]
+    if record.tools or any('"tool_calls"' in field for field in fields):
+        raise DataError(f"{record.source}: tools need a chat template; set data.template=auto, or remove the row")
+    return "".join([*map(_raw_turn, record.messages), "assistant:"])
 
 
-def _render_chat(tokenizer: Any, messages: Messages, source: str, *, generate: bool) -> str:
-    """Messages as the tokenizer's chat template writes them; `source` begins the message of a `DataError`."""
-    from jinja2 import TemplateError
+def _raw_turn(message: Message) -> str:
+    return f"{message.role}: {message.content}\n"
 
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{source}: rows of messages (of data.template=chat all) need a chat template, and the tokenizer has none; "
-            "set data.template=raw, or name a model tuned for chat"
-        )
-    turns = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
-    except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as refused:
-        reason = " ".join(str(refused).split())[:200]
-        raise DataError(
-            f"{source}: the tokenizer's chat template refuses these messages ({reason}); "
-            "correct the roles and their order, or set data.template=raw"
-        ) from refused
+
+def _raw_turns(record: Record, tokenizer: Any, prompt_length: int) -> list[tuple[Span, bool]]:
+    """Earlier turns of the assistant in the raw prompt of a chat: (span of tokens, whether it is tuned on)."""
+    starts = accumulate((len(_raw_turn(message)) for message in record.messages), initial=0)
+    turns = [
+        ((start + len("assistant:"), start + len(_raw_turn(message))), message.has_loss)
+        for start, message in zip(starts, record.messages, strict=False)
+        if message.role == "assistant"
+    ]
+    if not turns:
+        return []
+    ((ids, spans),) = _tokenize_with_spans([(raw_prompt(record), [span for span, _ in turns])], tokenizer)
+    shift = prompt_length - len(ids)  # by a start token
+    return [((start + shift, end + shift), has_loss) for (start, end), (_, has_loss) in zip(spans, turns, strict=True)]
 
 
 def chat_end_ids(tokenizer: Any) -> list[int]:
     """Token ids that end an assistant's turn: what the chat template writes after it, else the end-of-text token."""
-    ids, end = _ids_after_turn(tokenizer), _end_of_text(tokenizer)
-    return ids[: ids.index(end) + 1] if end in ids else ids or [end]
+    return encode_answer(TurnEnd.of(tokenizer).closing, tokenizer) or [_end_of_text(tokenizer)]
 
 
 def chat_stop_id(tokenizer: Any) -> int | None:
     """The special token that ends an assistant's turn, and so a generated answer; None if there is none."""
-    added = tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
-    return next((id for id in _ids_after_turn(tokenizer) if id in special), None)
-
-
-def _ids_after_turn(tokenizer: Any) -> list[int]:
-    """Token ids that the chat template writes after an assistant's message."""
-    turns = (("user", PROBE.title()), ("assistant", PROBE))
-    (text,) = _render_chats(tokenizer, [(turns, "data.template")], generate=False)
-    after = text.rpartition(PROBE)[2].rstrip()
-    return encode_answer(after, tokenizer) if after else []
+    stop = TurnEnd.of(tokenizer).stop
+    return int(tokenizer.convert_tokens_to_ids(stop)) if stop else None
 
 
 def _end_of_text(tokenizer: Any) -> int:
@@ -191,14 +230,47 @@ def _token_ids(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[l
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _truncate(example: Example, limit: int, bos_id: int | None) -> Example:
-    """The example in `limit` tokens, without the beginning of its prompt and, if need be, the end of its answer."""
+def _tokenize_with_spans(
+    texts: Sequence[tuple[str, Sequence[Span]]], tokenizer: Any
+) -> list[tuple[list[int], list[Span]]]:
+    """Token ids of each text, without special tokens around it, and its spans of characters as spans of tokens."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer does not say where its tokens are, which chats need; save it as tokenizer.json")
+    encoded = tokenizer(
+        [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    results = []
+    for (_, spans), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        token_spans = []
+        for start, end in spans:
+            last = bisect_left(starts, end)
+            while last < len(ends) and ends[last] == end:  # white space, which some tokenizers give no place
+                last += 1
+            token_spans.append((bisect_right(ends, start), last))
+        results.append((list(ids), token_spans))
+    return results
+
+
+def truncate_example(example: Example, limit: int, bos_id: int | None) -> Example:
+    """The example in `limit` tokens, without the beginning of its prompt and, if need be, the end of its answer.
+
+    The prompt of a chat is all before its last answer, which is kept longest.
+    """
     excess = len(example.token_ids) - limit
     if excess <= 0:
         return example
-    prompt, answer = example.token_ids[: example.answer_start], example.token_ids[example.answer_start :]
-    prompt = truncate_prompt(prompt, max(1, len(prompt) - excess), bos_id)
-    return Example((prompt + answer)[:limit], len(prompt), example.id, example.weight)
+    spans = example.loss_spans
+    answer_start = spans[-1][0]
+    prompt = truncate_prompt(example.token_ids[:answer_start], max(1, answer_start - excess), bos_id)
+    ids = (*prompt, *example.token_ids[answer_start:])[:limit]
+    cut = answer_start - len(prompt)
+    kept = [(max(1, start - cut), min(limit, end - cut)) for start, end in spans if end - cut > 1]
+    return replace(
+        example, token_ids=ids, answer_start=kept[0][0], no_loss=tuple(gaps_between(kept, kept[0][0], limit))
+    )
 
 
 def truncate_prompt(prompt: Sequence[int], max_tokens: int, bos_id: int | None) -> tuple[int, ...]:

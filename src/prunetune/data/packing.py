@@ -58,8 +58,12 @@ def pack_examples(examples: Sequence[Example], pad_id: int, *, max_sequences: in
     """All examples, `max_sequences` at most, in one row of a multiple of `step_factor` times TOKEN_STEP tokens."""
     lengths = [len(example.token_ids) for example in examples]
     bounds = [0, *accumulate(lengths)]
-    answer_starts = (start + example.answer_start for start, example in zip(bounds, examples, strict=False))
-    labelled = torch.cat([torch.arange(*answer) for answer in zip(answer_starts, bounds[1:], strict=True)])
+    spans = [
+        torch.arange(first + start, first + end)
+        for first, example in zip(bounds, examples, strict=False)
+        for start, end in example.loss_spans
+    ]
+    labelled = torch.cat([torch.arange(0), *spans])
     # By NumPy several times as fast as from a list, while a GPU waits.
     ids = torch.from_numpy(np.fromiter(chain.from_iterable(example.token_ids for example in examples), np.int64))
     row_length = round_up_length(len(ids), step_factor * TOKEN_STEP)

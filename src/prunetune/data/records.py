@@ -5,14 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from prunetune.errors import DataError
-from prunetune.utils.untrusted import short_repr, shorten
+from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
 RecordKind = Literal["completion", "chat", "text"]
 FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
+LOSS_FIELDS = ("weight", "train", "loss_weight")  # of a message: OpenAI's, and what other trainers call it
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str = ""  # empty where a tool is called instead
+    fields: str = ""  # JSON of what else the chat template may read: tool_calls, name, reasoning_content, null content
+    has_loss: bool = True  # of an assistant: whether it is tuned on
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as chat templates and servers take it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.fields) if self.fields else {})}
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a model reads of it."""
+        return (self.role, self.content, self.fields) if self.fields else (self.role, self.content)
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,9 @@ class Record:
     completion: str = ""  # the answer; of a text all of it, of a chat the last assistant message
     choices: tuple[str, ...] = ()
     answer: int | None = None  # completion == choices[answer]
-    messages: tuple[tuple[str, str], ...] = ()  # of a chat: (role, content) before the last assistant message
+    messages: tuple[Message, ...] = ()  # of a chat, before the last assistant message that is tuned on
+    answer_fields: str = ""  # `Message.fields` of that one
+    tools: str = ""  # JSON list of the tools that a chat may call
     task: str = ""
     id: str = ""
     group: str = ""  # records of one group are always in the same split
@@ -36,9 +58,17 @@ class Record:
 
         Case, white space and the order of choices are ignored, and a chat of one user message equals a prompt.
         """
-        single_user_message = len(self.messages) == 1 and _normalise_text(self.messages[0][0]) == "user"
-        texts = self.messages[0][1:] if single_user_message else self._question_texts()
-        return self._hash(texts, with_choices=with_choices)
+        single_user_message = len(self.messages) == 1 and _normalise_text(self.messages[0].role) == "user"
+        texts = self._question_texts()
+        return self._hash(texts[1:] if single_user_message else texts, with_choices=with_choices)
+
+    def earlier_question_hashes(self) -> list[str]:
+        """`question_hash` of the question before each earlier assistant message that is tuned on."""
+        return [
+            replace(self, messages=self.messages[:index], choices=()).question_hash()
+            for index, message in enumerate(self.messages)
+            if index and message.role == "assistant" and message.has_loss
+        ]
 
     def split_sort_key(self) -> str:
         """SHA-256 of the question, its choices and the roles of messages; splitting sorts by it."""
@@ -47,7 +77,8 @@ class Record:
     def _question_texts(self) -> Sequence[str]:
         if self.kind == "text":
             return [self.completion]
-        return [text for role_and_content in self.messages for text in role_and_content] or [self.prompt]
+        texts = [text for message in self.messages for text in message.texts] or [self.prompt]
+        return [*texts, self.tools] if self.tools else texts
 
     def _hash(self, texts: Sequence[str], *, with_choices: bool) -> str:
         choices = sorted(_normalise_text(choice) for choice in self.choices) if with_choices else []
@@ -56,7 +87,9 @@ class Record:
     def content_json(self) -> str:
         """All that a model sees or is scored on as a line of JSON: without id, source and weight."""
         answer = (self.completion, self.choices, self.answer)
-        return json.dumps([self.kind, self.prompt, *answer, self.messages, self.task, self.group])
+        messages = [[*message.texts, *([] if message.has_loss else [False])] for message in self.messages]
+        calls = [self.answer_fields, self.tools] if self.answer_fields or self.tools else []
+        return json.dumps([self.kind, self.prompt, *answer, messages, self.task, self.group, *calls])
 
 
 def _normalise_text(text: str) -> str:
@@ -114,17 +147,58 @@ def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not _is_list(value):
         raise DataError(f"messages must be a list of {{role, content}}, got {short_repr(value)}")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
-    if len(messages) < 2 or messages[-1][0] != "assistant":
-        last = f"the last is from {messages[-1][0]!r}" if messages else "there is none"
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        last = f"the last is from {messages[-1].role!r}" if messages else "there is none"
         raise DataError(f"messages must hold a question and end with an assistant's answer; of {len(messages)} {last}")
-    answer_fields = _answer_fields({**fields, "completion": messages[-1][1]})
-    return {"kind": "chat", "messages": tuple(messages[:-1]), **answer_fields}
+    # What follows the last message with loss changes neither loss nor score.
+    targets = [index for index, message in enumerate(messages) if message.role == "assistant" and message.has_loss]
+    if not targets or targets[-1] == 0:
+        raise DataError("no assistant message counts (weight is 0); give one weight 1, or remove the row")
+    answer = messages[targets[-1]]
+    calls = answer.as_dict().get("tool_calls", ()) if not answer.content else ()
+    # A chat that ends with a call of tools is scored on the call.
+    called = "\n".join(json.dumps(call.get("function", call), ensure_ascii=False, default=str) for call in calls)
+    return {
+        "kind": "chat",
+        "messages": tuple(messages[: targets[-1]]),
+        "answer_fields": answer.fields,
+        "tools": _tools(fields.get("tools")),
+        **_answer_fields({**fields, "completion": answer.content or called}),
+    }
 
 
-def _message(value: Any, name: str) -> tuple[str, str]:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
+def _message(value: Any, name: str) -> Message:
+    """The message in one entry of `messages`; only a call of tools may lack its content."""
+    if not isinstance(value, Mapping) or "role" not in value:
         raise DataError(f"{name} must have role and content, got {short_repr(value)}")
-    return _text(value["role"], f"{name}.role"), _text(value["content"], f"{name}.content", empty=True)
+    others = {key: item for key, item in value.items() if item is not None and key not in LOSS_FIELDS}
+    role, content, calls = others.pop("role", None), others.pop("content", None), others.get("tool_calls")
+    if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+        raise DataError(f"{name}.tool_calls must be a list of objects, got {short_repr(calls)}")
+    if not calls:
+        others.pop("tool_calls", None)  # tables fill an empty one in
+    if calls and (content is None or content == ""):
+        others["content"], content = content, ""
+    elif "content" not in value:
+        raise DataError(f"{name} must have role and content, got {short_repr(value)}")
+    text = _text(content, f"{name}.content", empty=True)
+    weights = {key: value[key] for key in LOSS_FIELDS if value.get(key) is not None}
+    for key, weight in weights.items():
+        if weight not in (0, 1):
+            raise DataError(f"{name}.{key} is {short_repr(weight)}; a message counts (1) or does not (0)")
+    fields = _text(json.dumps(others, default=str, ensure_ascii=False), name) if others else ""
+    return Message(_text(role, f"{name}.role"), text, fields, has_loss=all(weights.values()))
+
+
+def _tools(value: Any) -> str:
+    """The tools of a row, a list of JSON schemas or the JSON of one, as JSON; "" without any."""
+    try:
+        tools = parse_json(value) if isinstance(value, str) and value.strip() else value or []
+    except ValueError as broken:
+        raise DataError(f"tools is no JSON list ({broken}); write a list of function schemas") from None
+    if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"tools must be a list of function schemas, got {short_repr(value)}")
+    return _text(json.dumps(tools, default=str, ensure_ascii=False), "tools") if tools else ""
 
 
 def _answer_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def answer_nll(
     ):
         for indices in batch_by_length(
             group,
-            lambda index: len(examples[index].token_ids) - examples[index].answer_start,
+            lambda index: examples[index].loss_tokens,
             lambda rows, longest: rows * (longest + 1) * vocabulary <= MAX_LOGITS_PER_PASS,
         ):
             batch = collate([examples[index] for index in indices], pad_id).to(model.device)

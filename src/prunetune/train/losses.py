@@ -149,7 +149,7 @@ class TrainingLoss:
 
         `examples` are the batch, `taught` those of them that the teacher sees.
         """
-        labels = max(1, sum(len(example.token_ids) - example.answer_start for example in examples))
+        labels = max(1, sum(example.loss_tokens for example in examples))
         tokens, taught_tokens = (max(1, sum(len(row.token_ids) for row in rows)) for rows in (examples, taught))
         terms = [TERMS[name] for name in self.weights]
         return {
@@ -192,7 +192,7 @@ def mean_loss(
     if not examples:
         return 0.0
     passes = micro_batch_inputs(examples, pad_id, micro_tokens, next(model.parameters()).device, ranks)
-    labels = sum(len(example.token_ids) - example.answer_start for example in examples)
+    labels = sum(example.loss_tokens for example in examples)
     return sum(float(summed_answer_loss(model, inputs)) for inputs in passes) / max(1, labels)
 
 

@@ -40,8 +40,8 @@ def split_by_teacher(
     """
     if teacher is None or teacher.share == 1:
         return [(teacher, examples)] if examples else []
-    ordered = sorted(examples, key=lambda example: example.answer_start < len(example.token_ids))
-    unlabelled = sum(example.answer_start == len(example.token_ids) for example in examples)
+    ordered = sorted(examples, key=lambda example: example.loss_tokens > 0)
+    unlabelled = sum(example.loss_tokens == 0 for example in examples)
     count = max(unlabelled, math.ceil(teacher.share * len(examples)))
     subsets = [(teacher, ordered[:count]), (None, ordered[count:])]
     return [(seen_by, subset) for seen_by, subset in subsets if subset]

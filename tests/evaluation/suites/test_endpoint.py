@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prunetune.data.records import Record
+from prunetune.data.records import Message, Record
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites import evaluate_suite
 from prunetune.evaluation.suites.endpoint import Endpoint
@@ -61,7 +61,7 @@ def test_answers_are_generated_by_completion_or_chat() -> None:
         assert (
             request_one(endpoint(server.url), "generate", settings=GenerationSettings(template="chat")) == "re: Where?"
         )
-        chat = Record(kind="chat", completion="c", messages=(("system", "s"), ("user", "u")))
+        chat = Record(kind="chat", completion="c", messages=(Message("system", "s"), Message("user", "u")))
         assert (
             request_one(endpoint(server.url), "generate", chat, GenerationSettings(max_new_tokens=3, stop=(":",)))
             == "re"

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunetune.data.records import Record
+from prunetune.data.records import Message, Record
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.protocol import GenerationSettings
@@ -27,7 +27,7 @@ REPLY = {
     "usage": {"total_tokens": 3},
 }
 RECORDS = {
-    "chat": Record("chat", messages=(("user", "Where?"),), completion="Here"),
+    "chat": Record("chat", messages=(Message("user", "Where?"),), completion="Here"),
     "completion": Record("completion", prompt="Where?", completion=" Here", choices=(" Here", " There"), answer=0),
     "text": Record("text", completion="Where? Here"),
 }

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from prunetune.data.records import Record
+from prunetune.data.records import Message, Record
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites import LocalModel, evaluate_suite, load_prompts, parse_suite
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, cache_key, folder_hash
@@ -112,7 +112,7 @@ CHAT_KEYS_OF_0_1_0 = {
 def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
     """The keys were written at commit 03ca826, which named the kinds choose, write and weigh."""
     choices = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
-    chat = Record(kind="chat", messages=(("user", "föx"),), completion="yes")
+    chat = Record(kind="chat", messages=(Message("user", "föx"),), completion="yes")
     settings = GenerationSettings(template="raw", max_new_tokens=7, stop=("\n",))
     assert cache_key("model cpu", kind, choices, settings) == KEYS_OF_0_1_0[kind]
     assert cache_key("model cpu", kind, chat, settings) == CHAT_KEYS_OF_0_1_0[kind]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prunetune.data.records import Message
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.suites import load_suite, parse_suite
 from prunetune.evaluation.suites.prompts import build_prompts
@@ -190,7 +191,7 @@ def test_lettered_questions_list_their_choices(tmp_path: Path) -> None:
         rows(tmp_path, task, {**row, "prompt": "Which?"})
     chat = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "two"}]}
     (turn,) = rows(tmp_path, {"scorer": "accuracy", "lettered": True}, {**chat, "choices": ["one", "two"]})
-    assert turn.record.messages == (("user", "Which?\nA. one\nB. two\n"),)
+    assert turn.record.messages == (Message("user", "Which?\nA. one\nB. two\n"),)
     many = [str(n) for n in range(27)]
     with pytest.raises(DataError, match="2 to 26 choices"):
         rows(tmp_path, {"scorer": "accuracy", "lettered": True}, {**row, "prompt": "a", "choices": many})

@@ -145,7 +145,8 @@ def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: Gen
         "generate": [settings.max_new_tokens, settings.stop],
         "nll": [record.completion],
     }
-    request = [record.kind, record.prompt, record.messages, *asked_for[kind]]
+    messages = [message.texts for message in record.messages]
+    request = [record.kind, record.prompt, messages, *asked_for[kind], *([record.tools] if record.tools else [])]
     return _digest([REQUEST_VERSIONS[kind], fingerprint, KEY_WORDS[kind], settings.template, request])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from prunetune.data.encoding import uses_chat_template
-from prunetune.data.records import Record
+from prunetune.data.encoding import raw_prompt, uses_chat_template
+from prunetune.data.records import Message, Record
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.local import truncate_at_stop
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings, OnRequestsDone, RequestKind
@@ -54,12 +55,12 @@ class Endpoint:
         return truncate_at_stop(send(max_tokens=settings.max_new_tokens, **stop), settings.stop)
 
     def _chat(self, record: Record, **options: Any) -> str:
-        messages = record.messages or (("user", record.prompt),)
-        turns = [{"role": role, "content": content} for role, content in messages]
-        return self.client.chat(self.model, turns, **options)
+        messages = record.messages or (Message("user", record.prompt),)
+        tools = {"tools": json.loads(record.tools)} if record.tools else {}
+        return self.client.chat(self.model, [message.as_dict() for message in messages], **options, **tools)
 
     def _complete(self, record: Record, **options: Any) -> str:
-        return self.client.complete(self.model, self._prompt(record), **options)
+        return self.client.complete(self.model, raw_prompt(record), **options)
 
     def _loglikelihood(self, record: Record, settings: GenerationSettings) -> list[list[float]]:
         prompt = self._raw_prompt(record, settings)
@@ -77,12 +78,7 @@ class Endpoint:
                 f"{self.name}: an endpoint hides its chat template, so it cannot give the likelihoods of a chat; "
                 "set template: raw, or test the model folder"
             )
-        return self._prompt(record)
-
-    def _prompt(self, record: Record) -> str:
-        if record.kind != "chat":
-            return record.prompt
-        return "".join([*(f"{role}: {content}\n" for role, content in record.messages), "assistant:"])
+        return raw_prompt(record)
 
     def _continuation_nll(self, prompt: str, text: str) -> tuple[float, int, int]:
         """NLL in nats, tokens and bytes of `text` after `prompt`; the server's first token has no likelihood."""

@@ -83,7 +83,7 @@ class EndpointClient:
         """The URL without secrets."""
         return public_url(self.url)
 
-    def chat(self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, **options: Any) -> str:
+    def chat(self, model: str, messages: Sequence[Mapping[str, Any]], *, max_tokens: int, **options: Any) -> str:
         """The greedy reply to a chat; raises `BackendError`."""
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0, **options}
         return self._read(self.post("/chat/completions", body), lambda choice: choice["message"]["content"] or "")

@@ -62,7 +62,7 @@ def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricV
 
     def mark(answer: Response) -> float:
         record = answer.prompt.record
-        prompt = record.prompt or "\n".join(content for _, content in record.messages)
+        prompt = record.prompt or "\n".join(message.content for message in record.messages)
         known = {"prompt": prompt, "expected": answer.prompt.expected, "got": answer.text, "low": f"{low:g}"}
         text = template({**answer.prompt.fields, **known, "high": f"{high:g}"}, record.source)
         reply = server.chat(options["model"], [{"role": "user", "content": text}], max_tokens=64)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from prunetune.config.recipe import DataConfig
 from prunetune.data.batches import pad_token_id
 from prunetune.data.encoding import (
     Example,
     chat_end_ids,
-    encode,
+    encode_answered,
     encode_answers,
     encode_prompts,
+    truncate_example,
     truncate_prompt,
     uses_chat_template,
 )
@@ -108,16 +107,18 @@ class LocalModel:
 
     def _answers(self, records: Sequence[Record], settings: GenerationSettings) -> list[Example]:
         """Prompts with their right answers, without the end of text or turn: no server would score it."""
-        config = DataConfig(template=settings.template, too_long="truncate")
-        encoded = encode(records, self.tokenizer, config, context_length(self.model))
-        self._warn_truncated(encoded.num_too_long)
+        examples = encode_answered(records, self.tokenizer, settings.template)
+        limits = [context_length(self.model) - end for end in self._end_lengths(records, settings)]
+        self._warn_truncated(
+            sum(len(example.token_ids) > limit for example, limit in zip(examples, limits, strict=True))
+        )
         return [
-            replace(example, token_ids=example.token_ids[:-end])
-            for example, end in zip(encoded.examples, self._end_lengths(records, settings), strict=True)
+            truncate_example(example, limit, self.tokenizer.bos_token_id)
+            for example, limit in zip(examples, limits, strict=True)
         ]
 
     def _end_lengths(self, records: Sequence[Record], settings: GenerationSettings) -> list[int]:
-        """Tokens that `encode` puts after each answer: the end of a turn for chats, of a text for others."""
+        """Tokens that end each answer: the end of a turn for chats, of a text for others."""
         chats = [uses_chat_template(record, settings.template) for record in records]
         turn_end = chat_end_ids(self.tokenizer) if any(chats) else []
         return [len(turn_end) if is_chat else 1 for is_chat in chats]
@@ -127,7 +128,8 @@ class LocalModel:
         start = next(
             (token for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if token is not None), 0
         )
-        ids = [start, *encode_answers([record.completion], self.tokenizer)[0]]
+        ids = encode_answers([record.completion], self.tokenizer)[0]
+        ids = ids if ids[:1] == [start] else [start, *ids]
         size = context_length(self.model) - 1
         return [Example(tuple(ids[at : at + size + 1]), 1) for at in range(0, len(ids) - 1, size)]
 

@@ -96,8 +96,8 @@ def letter_choices(record: Record, task: Task) -> Record:
     before, listed = task.options.before, f"{task.options.heading}{listed}"
     letters = tuple(LETTERS[: len(record.choices)])
     if record.messages:
-        *earlier, (role, content) = record.messages
-        messages = (*earlier, (role, f"{content}\n{listed}"))
+        *earlier, last = record.messages
+        messages = (*earlier, replace(last, content=f"{last.content}\n{listed}"))
         return replace(record, messages=messages, choices=letters, completion=letters[record.answer or 0])
     if not record.prompt.endswith(before):
         raise DataError(f"{record.source}: the prompt does not end with {before!r}, which `before` names")

@@ -179,5 +179,5 @@ def _item(id: str, prompt: Prompt, got: str, correct: bool | None, scores: Mappi
     if record.kind == "text":
         return replace(item, prompt=record.completion, expected="")
     if record.messages:
-        return replace(item, prompt="\n".join(f"{role}: {content}" for role, content in record.messages))
+        return replace(item, prompt="\n".join(f"{turn.role}: {turn.content}" for turn in record.messages))
     return item
