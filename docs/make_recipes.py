@@ -41,10 +41,11 @@ def page() -> str:
     sections: dict[str, list[str]] = {}
     for path in options:
         sections.setdefault(path.rpartition(".")[0], []).append(path)
-    kinds = typing.get_type_hints(RunConfig)
     blocks = [INTRODUCTION]
     for section, names in sections.items():
-        owner = kinds[section] if section else RunConfig
+        owner: Any = RunConfig
+        for name in filter(None, section.split(".")):
+            owner = typing.get_type_hints(owner)[name]
         blocks.append(f"## {f'`{section}`' if section else 'The run'}\n\n{_summary(owner)}\n")
         rows = [_row(path, options[path], typing.get_type_hints(owner)[options[path].name]) for path in names]
         blocks.append("\n".join(["| option | values | default | what it does |", "|---|---|---|---|", *rows]) + "\n")

@@ -26,13 +26,27 @@ from prunetune.errors import ConfigError
 from prunetune.utils.untrusted import short_repr
 
 __all__ = [
-    "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "CompareConfig", "DataConfig", "DistillConfig", "EvaluateConfig",
-    "LoraSettings", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig", "UnitName", "ValidateConfig",
-    "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
+    "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "ColumnsConfig", "CompareConfig", "DataConfig", "DataViewConfig",
+    "DistillConfig", "EvaluateConfig", "LoraSettings", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig",
+    "UnitName", "ValidateConfig", "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
 ]  # fmt: skip
 
 BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """What columns mean, for rows of no known shape: a column by its name, or a Jinja2 template as in a suite."""
+
+    prompt: str = option("", "Column of the prompt, or a template such as '{{ title }}: {{ body }}'.")
+    completion: str = option("", "Column of the answer, or a template.")
+    text: str = option("", "Column of a text that is tuned on as a whole, or a template.")
+    messages: str = option("", "Column of the messages of a chat, or an expression.")
+    system: str = option("", "Column of the system prompt, or a template.")
+    tools: str = option("", "Column of the tools of a chat, or an expression.")
+    choices: str = option("", "Column of the list of choices, or an expression such as options.text or [a, b].")
+    answer: str = option("", "Column of the right choice (index, letter or text), or an expression.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +72,10 @@ class DataConfig:
         "Sources scored at the end beside data.test, never tuned on and kept out of the means: what the model knows "
         "outside its domain."
     )
+    columns: ColumnsConfig = section(ColumnsConfig)
+    bad_rows: Literal["error", "drop"] = option(
+        "error", "What to do with rows that cannot be used; drop leaves them out and says how many, and why."
+    )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
     search_share: float = option(0.1, "Share of train that becomes search, if data.search is not given.", gt=0, le=0.5)
     valid_share: float = option(0.05, "Share of train that becomes valid, if data.valid is not given.", gt=0, le=0.5)
@@ -81,6 +99,15 @@ class DataConfig:
     overlap: Literal["error", "drop"] = option(
         "error", "What to do with rows that are in two splits; drop keeps them in the one nearer to test."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataViewConfig:
+    """The options of `prunetune data`, under the names that a recipe gives them."""
+
+    model: str = option("", "Show tokens as this model sees them, and which of them the loss counts.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    data: DataConfig = section(DataConfig)
 
 
 UnitName = Literal[

@@ -1,60 +1,119 @@
-"""Readers of data files: JSON lines, JSON, CSV, TSV, Parquet. Each yields (line number, row) pairs."""
+"""File formats: numbered rows of JSON, JSON lines, CSV, Excel, Arrow and Parquet files, in any usual encoding."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunetune.errors import DataError
-from prunetune.utils.untrusted import parse_json
+from prunetune.utils.optional import import_optional
+from prunetune.utils.untrusted import parse_json, shorten
 
+log = logging.getLogger(__name__)
+# A row that cannot be read is an error in its place, so that bad rows can be counted.
 NumberedRows = Iterator[tuple[int, Any]]
-NESTED = ("choices", "messages")  # written as JSON in a cell of CSV
+NESTED = {"choices", "messages"}  # written as JSON in a cell of CSV
 UNTYPED = (".csv", ".tsv")  # all other cells are text
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def data_suffix(name: str) -> str:
+    """The ending that names the format, without that of a compression: ".jsonl" of rows.jsonl.gz."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The bytes of a file, uncompressed; raises `DataError`."""
+    import pyarrow as pa
+
+    try:
+        if compression := COMPRESSED.get(path.suffix.lower()):
+            with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, compression) as stream:
+                return bytes(stream.read())
+        return path.read_bytes()
+    except (OSError, pa.ArrowException) as broken:
+        if getattr(broken, "strerror", None):
+            advice = f"cannot be read ({broken.strerror}); name a file that this user may open"
+        else:
+            advice = f"not readable as {path.suffix.lower()} ({_one_line(broken)}); compress it again"
+        raise DataError(f"{path}: {advice}") from broken
 
 
 def _read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark; raises `DataError`."""
+    """The text of a file, its line ends as \\n; raises `DataError`.
+
+    It is UTF-8, UTF-16 with a byte order mark, or else Windows-1252 (a superset of Latin-1's letters), which is said.
+    """
+    data = _read_bytes(path)
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        data = path.read_bytes()
-    except OSError as broken:
-        raise DataError(f"{path}: cannot be read ({broken.strerror}); name a file that this user may open") from broken
-    try:
-        return data.decode("utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError as broken:
         line = data[: broken.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[broken.start]:02x}); save the file as UTF-8") from None
+        if (western := _as_western_text(data)) is None:
+            byte = data[broken.start]
+            raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+        text = western
+        sample = shorten(text.split("\n")[line - 1], 60)
+        log.warning("%s: not UTF-8, read as Windows-1252, such as line %d: %s", path, line, sample)
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
-def _parse_json(text: str, where: str, wanted: str) -> Any:
-    """The value of a JSON text; raises `DataError`, which begins with `where` and ends with what is wanted there."""
+def _as_western_text(data: bytes) -> str | None:
+    """A text in Windows-1252; None for what is none: binary data, damaged UTF-8, or mostly beyond ASCII."""
+    beyond_ascii = data.translate(None, bytes(range(128)))
+    if b"\0" in data or b"\xff" in data or len(beyond_ascii) > len(data) / 3:
+        return None
+    if any(ord(character) > 127 for character in data.decode("utf-8", "ignore")):  # UTF-8, but for some bytes
+        return None
     try:
-        return parse_json(text, nan=True, surrogates=True)  # that a field is wrong matters only if it is read
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+
+
+def _parse_row(text: str, where: str) -> Any:
+    """The value of one line of JSON, or the error that says what is wrong with it."""
+    try:
+        return parse_json(text, nan=True, surrogates=True, unique_keys=True)
     except json.JSONDecodeError as broken:
-        raise DataError(f"{where}: not valid JSON ({broken.msg}, column {broken.colno}); {wanted}") from None
+        reason = f"{broken.msg}, column {broken.colno}"
     except ValueError as broken:
-        raise DataError(f"{where}: not valid JSON ({broken}); {wanted}") from None
-
-
-def _json_lines(path: Path) -> NumberedRows:
-    # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, _parse_json(line, f"{path}:{number}", "each line holds one object")
+        reason = str(broken)
+    return DataError(f"{where}: not valid JSON ({reason}); each line holds one object")
 
 
 def _json(path: Path) -> NumberedRows:
+    """Rows of JSON lines, of a list, of one object, or of the only list in one object ({"data": [...]})."""
     text = _read_text(path)
-    if text.lstrip().startswith("["):
-        wanted = "a .json file holds a list of objects, or one object a line"
-        yield from enumerate(_parse_json(text, str(path), wanted), 1)
-    else:
-        yield from _json_lines(path)
+    start, is_list = text[: len(text) - len(text.lstrip())].count("\n") + 1, text.lstrip().startswith("[")
+    try:
+        value = parse_json(text, nan=True, surrogates=True, unique_keys=True)
+    except ValueError as broken:
+        at = broken if isinstance(broken, json.JSONDecodeError) else None
+        is_lines = data_suffix(path.name) != ".json" or not text.strip() or not (is_list or at)
+        if not is_lines and not (at and at.msg.startswith("Extra data")):
+            where, reason = (f"{path}:{at.lineno}", f"{at.msg}, column {at.colno}") if at else (path, broken)
+            wanted = "a .json file holds a list of objects, or one object a line"
+            raise DataError(f"{where}: not valid JSON ({reason}); {wanted}") from None
+        # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield number, _parse_row(line, f"{path}:{number}")
+        return
+    if isinstance(value, Mapping) and len(value) == 1 and not {"messages", "conversations"} & set(value):
+        (inner,) = value.values()
+        value = inner if isinstance(inner, list) and inner and isinstance(inner[0], Mapping) else value
+    yield from enumerate(value, 1) if isinstance(value, list) else [(start, value)]
 
 
 @contextmanager
@@ -67,9 +126,20 @@ def _without_field_limit() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
+def _delimiter(text: str, suffix: str) -> str:
+    """What separates columns: the mark that makes most of them in the first line."""
+    first = next((line for line in text.split("\n") if line.strip()), "").strip("\r")
+    if len(first) == 5 and first.startswith("sep="):  # Excel's own
+        return first[4]
+    marks = "\t,;" if suffix == ".tsv" else ",;\t"
+    return max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), ())))
+
+
 def _csv(path: Path) -> NumberedRows:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True, delimiter=delimiter)
+    text = _read_text(path)
+    with _without_field_limit():
+        delimiter = _delimiter(text, data_suffix(path.name))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     last = 0
     try:
@@ -77,41 +147,101 @@ def _csv(path: Path) -> NumberedRows:
             with _without_field_limit():
                 cells = next(reader)
             line, last = last + 1, reader.line_num
-            if not any(cells):
+            if not any(cells) or (line == 1 and "".join(cells) in ("sep=", f"sep={delimiter}")):
                 continue
             if header:
                 yield line, _csv_row(header, cells, f"{path}:{line}")
-            header = header or cells
+            else:
+                header = _distinct(cells, path)
     except StopIteration:
         return
     except csv.Error as broken:
-        advice = "quote texts with commas, quotes or line ends"
+        mark = {"\t": "tabs"}.get(delimiter, repr(delimiter))
+        advice = f"columns are separated by {mark}: quote texts that hold it, quotes or line ends"
         raise DataError(f"{path}:{last + 1}: not valid CSV ({broken}); {advice}") from None
 
 
-def _csv_row(header: list[str], cells: list[str], where: str) -> Mapping[str, Any]:
+def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Any:
     if len(cells) > len(header):
-        raise DataError(f"{where}: {len(cells)} cells under {len(header)} column names; quote texts with commas")
+        return DataError(f"{where}: {len(cells)} cells under {len(header)} column names; quote texts with commas")
     row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
-    for name in NESTED:
-        if name in row:
-            row[name] = _parse_json(row[name], f"{where}: column {name}", "in a table it holds a JSON list")
+    for name in NESTED & set(row):
+        try:
+            row[name] = parse_json(row[name], nan=True, surrogates=True)
+        except ValueError as broken:
+            reason = getattr(broken, "msg", broken)
+            return DataError(f"{where}: column {name}: not valid JSON ({reason}); in a table it holds a JSON list")
     return row
 
 
+def _distinct(names: Iterable[str], path: Path) -> list[str]:
+    """The names of columns; raises `DataError` if two are the same."""
+    names = list(names)
+    for index, name in enumerate(names):
+        if name and name.strip() in (earlier.strip() for earlier in names[:index]):
+            raise DataError(f"{path}: two columns are called {shorten(name)}; rename or remove one")
+    return names
+
+
 def _parquet(path: Path) -> NumberedRows:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    yield from _arrow_rows(lambda: pq.ParquetFile(path).read(), path, "Parquet")
+
+
+def _arrow(path: Path) -> NumberedRows:
+    import pyarrow as pa
+
+    def read() -> Any:
+        with pa.memory_map(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"  # else a stream, as `datasets` writes it
+            file.seek(0)
+            return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file).read_all()
+
+    yield from _arrow_rows(read, path, "Arrow")
+
+
+def _arrow_rows(read: Callable[[], Any], path: Path, name: str) -> NumberedRows:
+    import pyarrow as pa
+
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as broken:
-        reason = " ".join(str(broken).split())[:200]
-        raise DataError(f"{path}: not readable as Parquet ({reason}); write it again") from broken
-    yield from enumerate(rows, 1)
+        table = read()
+        _distinct(table.schema.names, path)
+        rows = table.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as broken:  # two fields of one name within a column, too
+        raise DataError(f"{path}: not readable as {name} ({_one_line(broken)}); write it again") from broken
+    yield from enumerate(map(without_nulls, rows), 1)
 
 
-# By suffix. Each raises `DataError` with file and line if a file cannot be read.
+def without_nulls(value: Any) -> Any:
+    """The value without fields that are null: a table has every field of a nested column in every row."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _excel(path: Path) -> NumberedRows:
+    """Rows of the first sheet, with names of columns in its first row."""
+    openpyxl: Any = import_optional("openpyxl", extra="excel", use=f"{path}: reading Excel (or save the sheet as CSV)")
+    try:
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+        rows = [list(cells) for cells in sheet.iter_rows(values_only=True)]
+    except Exception as broken:  # a zip archive, XML, or a sheet of a kind that the package does not know
+        raise DataError(f"{path}: not readable as Excel ({_one_line(broken)}); save the sheet as CSV") from broken
+    header = _distinct([str("" if name is None else name) for name in rows[0]], path) if rows else []
+    for number, cells in enumerate(rows[1:], 2):
+        row = {name: cell for name, cell in zip(header, cells, strict=False) if cell not in (None, "")}
+        if row:
+            yield number, row
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# By ending. Each raises `DataError` with file and line if a file cannot be read.
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
-    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+    ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+    ".arrow": _arrow, ".feather": _arrow, ".xlsx": _excel,
 }  # fmt: skip
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # which may be compressed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -139,7 +141,7 @@ def _content(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "text" in fields:
         return {"kind": "text", "completion": _text(fields["text"], "text")}
     names = shorten(", ".join(sorted(map(str, fields)))) or "no fields"
-    raise DataError(f"row has {names}; it needs {FORMS}")
+    raise DataError(f"row has {names}; it needs {FORMS}, another known shape (docs/data.md), or data.columns")
 
 
 def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,13 +213,13 @@ def _answer_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     completion = _text(fields["completion"], "completion") if "completion" in fields else None
     if "answer" in fields:
         answer = _index(fields["answer"], choices)
-        if completion is not None and completion != choices[answer]:
+        if completion is not None and completion.strip() != choices[answer].strip():
             raise DataError(
                 f"completion is {short_repr(completion)} but choices[{answer}] is {short_repr(choices[answer])}; "
                 "they must be equal: correct one, or leave completion out"
             )
-    elif completion in choices:
-        answer = choices.index(completion)
+    elif completion is not None and (same := _same_text(completion, choices)) is not None:
+        answer = same
     else:
         got = "no completion" if completion is None else f"completion {short_repr(completion)}, which is none of them"
         raise DataError(f"row has choices and {got}; add answer, the index of the right choice")
@@ -235,15 +237,35 @@ def _choices(value: Any) -> tuple[str, ...]:
 
 
 def _index(value: Any, choices: tuple[str, ...]) -> int:
-    """The index of the answer, given as an index or as the text of a choice; untyped tables have digits as text."""
-    if isinstance(value, str) and value in choices:
-        return choices.index(value)
-    number = int(value) if isinstance(value, str) and _is_digits(value) else value
+    """The index of the answer, given as the text of a choice, as an index in any type or digits, or as a letter."""
+    if isinstance(value, str):
+        if (same := _same_text(value, choices)) is not None:
+            return same
+        text = value.strip()
+        if re.fullmatch(r"\d{1,8}(\.0)?", text, re.ASCII):
+            value = int(float(text))
+        elif len(letter := text.strip("().:").upper()) == 1 and letter in string.ascii_uppercase:
+            if (number := string.ascii_uppercase.index(letter)) < len(choices):
+                return number
+            last = string.ascii_uppercase[min(len(choices), 26) - 1]
+            raise DataError(f"answer {short_repr(value)} lies outside choices, whose letters are A to {last}")
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(number, int) and not isinstance(number, bool):
         if 0 <= number < len(choices):
             return number
         raise DataError(f"answer {short_repr(value)} lies outside choices, whose indices are 0..{len(choices) - 1}")
-    raise DataError(f"answer must be an index into choices, 0..{len(choices) - 1}, got {short_repr(value)}")
+    raise DataError(
+        f"answer must be an index into choices, 0..{len(choices) - 1}, a letter or the text of one, "
+        f"got {short_repr(value)}; correct it, or remove the row"
+    )
+
+
+def _same_text(text: str, choices: tuple[str, ...]) -> int | None:
+    """The index of the choice that has this text, or the only one that has it but for white space around it."""
+    if text in choices:
+        return choices.index(text)
+    same = [index for index, choice in enumerate(choices) if choice.strip() == text.strip()]
+    return same[0] if len(same) == 1 else None
 
 
 def _check_answer_unambiguous(fields: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import math
 import re
 from collections import Counter
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunetune.config.recipe import DataConfig
+from prunetune.data.columns import ColumnMapping
 from prunetune.data.demo import read_demo
-from prunetune.data.formats import READERS, UNTYPED
+from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
 from prunetune.data.records import Record, record_from_row
+from prunetune.data.shapes import ShapedRow, shape_row
+from prunetune.data.source_notes import SourceNotes
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
 from prunetune.utils.untrusted import shorten
 
+log = logging.getLogger(__name__)
+SHOWN_BAD_ROWS = 3
 SplitName = Literal["train", "search", "valid", "test", "texts", "guard", "general"]
 EXTRA_SPLITS: tuple[SplitName, ...] = ("texts", "guard", "general")  # often from elsewhere, so rows may lack data.group
 # Names that a split may have on the hub, the first that exists is read.
@@ -65,17 +71,30 @@ class Source:
 class SourceRow:
     """One row of a source, and the id and task that it gets if it has none."""
 
-    fields: Any
+    fields: Any  # or the `DataError` that says why it cannot be read
     source: str  # "file:line"
     id: str
     task: str
     weight: float = 1.0
     is_typed: bool = True  # whether the source distinguishes 1 from "1"
+    written: str = ""  # the source as the user wrote it
 
-    def to_record(self, group_field: str = "", *, group_required: bool = True) -> Record:
-        """The row as a record; raises `DataError`."""
+    def shaped(self, mapping: ColumnMapping | None = None, group_field: str = "") -> ShapedRow:
+        """The row in its canonical form; raises `DataError`."""
+        if isinstance(self.fields, DataError):
+            raise self.fields
+        try:
+            return shape_row(self.fields, mapping, group_field=group_field, source=self.source)
+        except DataError as wrong:
+            raise wrong if str(wrong).startswith(self.source) else DataError(f"{self.source}: {wrong}") from None
+
+    def to_record(
+        self, group_field: str = "", *, group_required: bool = True, shaped: ShapedRow | None = None
+    ) -> Record:
+        """The row, or what it was shaped into, as a record; raises `DataError`."""
+        fields = (shaped or self.shaped(group_field=group_field)).fields
         return record_from_row(
-            self.fields, source=self.source, id=self.id, task=self.task, weight=self.weight,
+            fields, source=self.source, id=self.id, task=self.task, weight=self.weight,
             group_field=group_field, group_required=group_required, is_typed=self.is_typed,
         )  # fmt: skip
 
@@ -83,21 +102,67 @@ class SourceRow:
 def read_records(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
     """The records of all sources, in order; `split` is the split that is read of `demo` and of hub data sets.
 
-    Raises `DataError` for a source or a row that cannot be used, and `MissingPackage` if one needs a package.
+    Logs what is not plain: shapes that were recognised, columns that are not used, rows that `data.bad_rows` drops.
+    Raises `DataError` for a source or rows that cannot be used, and `MissingPackage` if one needs a package.
     """
+    records, notes = read_records_with_notes(sources, config, split)
+    for written, note in notes.items():
+        if not note.is_plain:
+            log.info("data.%s %s: %s", split, shorten(written), note.line())
+    return records
+
+
+def read_records_with_notes(
+    sources: Sequence[str], config: DataConfig, split: SplitName
+) -> tuple[tuple[Record, ...], dict[str, SourceNotes]]:
+    """`read_records`, and for each source as it is written what its rows are read as; logs dropped rows only."""
     group_required = split not in EXTRA_SPLITS
-    return tuple(
-        row if isinstance(row, Record) else row.to_record(config.group, group_required=group_required)
-        for row in _rows(sources, config, split)
-    )
+    mapping = ColumnMapping.compile(config.columns)
+    records: list[Record] = []
+    bad: list[DataError] = []
+    notes: dict[str, SourceNotes] = {}
+    for row in _rows(sources, config, split):
+        if isinstance(row, Record):
+            records.append(row)
+            continue
+        try:
+            shaped = row.shaped(mapping, config.group)
+            record = row.to_record(config.group, group_required=group_required, shaped=shaped)
+        except DataError as wrong:
+            bad.append(wrong)
+            continue
+        records.append(record)
+        notes.setdefault(row.written, SourceNotes()).add(shaped)
+    if bad:
+        _refuse_or_drop(bad, len(records), config, split)
+    if mapping and split == "train" and notes and not any(note.shapes["mapped"] for note in notes.values()):
+        raise DataError(
+            f"data.columns names {', '.join(sorted(mapping.columns))}, and no row of data.train has one of them: "
+            "correct the names, or leave data.columns out"
+        )
+    return tuple(records), notes
+
+
+def _refuse_or_drop(bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName) -> None:
+    """Log the rows that are left out, or raise `DataError`: how many, and what is wrong with the first ones."""
+    others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:SHOWN_BAD_ROWS])
+    advice = "; data.bad_rows=drop leaves such rows out" if good else ""
+    said = f"{len(bad):,} of {len(bad) + good:,} rows cannot be used{others and f', also {others}'}"
+    if config.bad_rows == "error" or not good:
+        raise DataError(f"{bad[0]} ({said}{advice})")
+    log.warning("data.%s leaves bad rows out: %s (%s)", split, bad[0], said)
 
 
 def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[SourceRow, ...]:
     """The rows of all sources, in order, with fields unchecked; see `read_records`."""
-    return tuple(
+    rows = tuple(
         SourceRow(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
         for row in _rows(sources, config, split)
     )
+    unreadable = next((row.fields for row in rows if isinstance(row.fields, DataError)), None)
+    if unreadable is not None:
+        raise unreadable
+    return rows
 
 
 def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
@@ -112,7 +177,7 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
             yield from read_demo(split, source.weight)
         elif files[source]:
             for path in files[source]:
-                yield from _file_rows(path, tasks[path], source.weight)
+                yield from _file_rows(path, tasks[path], source)
         else:
             yield from _hub_rows(source, split)
 
@@ -136,12 +201,15 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
         raise DataError(f"{file}: {reason}; correct data.* or data.root, or name a hub data set as owner/name")
     for match in files:
         if not _has_reader(match.name):
-            raise DataError(f"{match}: ending {match.suffix!r} is not read; known are {', '.join(READERS)}")
+            compressed = f"; {', '.join(COMPRESSED)} behind those of text formats" if match.suffix in COMPRESSED else ""
+            known = f"known are {', '.join(READERS)}{compressed}"
+            raise DataError(f"{match}: ending {match.suffix!r} is not read; {known}")
     return files
 
 
 def _has_reader(path: str) -> bool:
-    return Path(path).suffix.lower() in READERS
+    suffix = data_suffix(path)
+    return suffix in (TEXT_FORMATS if Path(path.lower()).suffix in COMPRESSED else READERS)
 
 
 def _task_names(paths: set[Path]) -> dict[Path, str]:
@@ -152,16 +220,17 @@ def _task_names(paths: set[Path]) -> dict[Path, str]:
     names = {}
     for path in paths:
         folder = path.absolute().parent
-        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(path.stem) else (path.stem, folder.name)
+        stem = Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(stem) else (stem, folder.name)
     folders = Counter(name for name, _ in set(names.values()))
     return {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
 
 
-def _file_rows(path: Path, task: str, weight: float) -> Iterator[SourceRow]:
-    suffix, is_empty = path.suffix.lower(), True
+def _file_rows(path: Path, task: str, source: Source) -> Iterator[SourceRow]:
+    suffix, is_empty = data_suffix(path.name), True
     for line, row in READERS[suffix](path):
-        is_empty = False
-        yield SourceRow(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, suffix not in UNTYPED)
+        is_empty, id = False, f"{task}/{path.name}:{line}"
+        yield SourceRow(row, f"{path}:{line}", id, task, source.weight, suffix not in UNTYPED, source.path)
     if is_empty:
         raise DataError(f"{path}: empty; a data file needs at least one row")
 
@@ -174,7 +243,8 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     where, task = f"{source.path.partition('@')[0]}@{loaded_split}", match["name"].rpartition("/")[2]
     number = 0
     for number, row in enumerate(_iterate_or_raise(rows, where), 1):
-        yield SourceRow(row, f"{where}:{number}", f"{where}:{number}", task, source.weight)
+        id, fields = f"{where}:{number}", without_nulls(row)
+        yield SourceRow(fields, id, id, task, source.weight, written=source.path)
     if not number:
         raise DataError(f"{where}: empty; a data set needs at least one row")
 

@@ -32,12 +32,12 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def parse_json(text: str | bytes, *, nan: bool = False, surrogates: bool = False) -> Any:
+def parse_json(text: str | bytes, *, nan: bool = False, surrogates: bool = False, unique_keys: bool = False) -> Any:
     """The value of a JSON text; raises `ValueError` whatever is wrong, such as depth beyond `MAX_DEPTH`.
 
     NaN, infinite numbers and integers that are no finite float are refused; with `nan` they are read. Halves of
     surrogate pairs become U+FFFD, so that every string of the value can be written as UTF-8 again; with `surrogates`
-    they stay.
+    they stay. With `unique_keys`, an object with two fields of one name is refused.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
@@ -49,6 +49,7 @@ def parse_json(text: str | bytes, *, nan: bool = False, surrogates: bool = False
             parse_constant=not_finite,
             parse_float=lambda digits: number if math.isfinite(number := float(digits)) else not_finite(digits),
             parse_int=lambda digits: int(digits) if len(digits) <= max_digits else not_finite(digits),
+            object_pairs_hook=_with_unique_keys if unique_keys else None,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -56,6 +57,15 @@ def parse_json(text: str | bytes, *, nan: bool = False, surrogates: bool = False
         raise ValueError("it is nested too deeply")
     has_surrogates = not surrogates and ("\\u" in text or SURROGATES.search(text))
     return _without_surrogates(value) if has_surrogates else value
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two fields are called {shorten(twice)}")
+    return fields
 
 
 def _refuse_number(digits: str) -> NoReturn:

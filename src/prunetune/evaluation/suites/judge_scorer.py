@@ -52,7 +52,7 @@ SCALE = re.compile(
 
 def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """The judge's mark of each answer, scaled so that `low` is 0 and `high` is 1."""
-    from prunetune.evaluation.suites.templates import compile_template
+    from prunetune.data.templates import compile_template
 
     low, high = float(options["low"]), float(options["high"])
     if not low < high:

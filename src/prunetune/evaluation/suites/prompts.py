@@ -9,12 +9,13 @@ from typing import Any
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
+from prunetune.data.shapes import without_overridden_fields
 from prunetune.data.sources import SourceRow, read_rows
+from prunetune.data.templates import RowRenderer, compile_expression, compile_template
 from prunetune.errors import DataError
 from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.suites.protocol import Prompt
 from prunetune.evaluation.suites.suite import Task
-from prunetune.evaluation.suites.templates import RowRenderer, compile_expression, compile_template
 
 LETTERS = string.ascii_uppercase
 PLACEHOLDER_ANSWER = "-"  # stands for the right answer while a row without one is checked
@@ -50,7 +51,7 @@ def _build_prompt(row: SourceRow, task: Task, renderers: Mapping[str, RowRendere
         row.to_record()  # raises the error that says what a row is
     fields: dict[str, Any] = {str(key): value for key, value in row.fields.items() if value is not None}
     rendered = {key: render(fields, row.source) for key, render in renderers.items()}
-    merged = {**_drop_overridden_fields(fields, rendered), **rendered}
+    merged = {**without_overridden_fields(fields, rendered), **rendered}
     unanswered = task.is_reference_free and not {"completion", "choices", "messages", "text"} & set(merged)
     if unanswered:
         merged["completion"] = PLACEHOLDER_ANSWER
@@ -61,19 +62,6 @@ def _build_prompt(row: SourceRow, task: Task, renderers: Mapping[str, RowRendere
     if task.options.lettered:
         record = letter_choices(record, task)
     return Prompt(replace(record, completion="") if unanswered else record, choice_texts, fields)
-
-
-def _drop_overridden_fields(fields: Mapping[str, Any], rendered: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's own fields without those that a rendered field replaces."""
-    replaced_by = {
-        "text": {"prompt", "completion", "messages", "choices", "answer"},
-        "prompt": {"messages"},
-        "completion": {"choices", "answer"},
-        "choices": {"completion"},
-        "answer": {"completion"},
-    }
-    replaced = set().union(*(replaced_by[key] for key in rendered))
-    return {key: value for key, value in fields.items() if key not in replaced}
 
 
 def _check_record(record: Record, task: Task) -> None:

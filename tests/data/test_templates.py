@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from prunetune.data.templates import compile_expression, compile_template
 from prunetune.errors import ConfigError, DataError
-from prunetune.evaluation.suites.templates import compile_expression, compile_template
 
 
 def test_templates_and_expressions_see_the_fields_of_a_row() -> None:
@@ -29,7 +29,7 @@ def test_templates_and_expressions_see_the_fields_of_a_row() -> None:
     ],
 )
 def test_template_without_an_end_is_refused_by_row(template: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunetune.evaluation.suites.templates.RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("prunetune.data.templates.RENDER_SECONDS", 0.3)
     with pytest.raises(DataError, match=rf"^f:1: prompt: .*{reason}.*; the row has a"):
         compile_template(template, "prompt")({"a": 1}, "f:1")
 

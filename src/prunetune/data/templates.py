@@ -1,4 +1,4 @@
-"""Jinja2 templates and expressions over the fields of a row, sandboxed and bounded: a suite must not run code."""
+"""Jinja2 templates and expressions over the fields of a row, sandboxed and bounded: no template runs code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from prunetune.errors import ConfigError, DataError
 from prunetune.utils.deadline import RENDER_SECONDS, call_within
+from prunetune.utils.untrusted import short_repr
 
 MAX_SIZE = 1_000_000  # of a product of texts, in characters, and of a power, in bits
 RowRenderer = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> the rendered value
@@ -55,6 +56,16 @@ def compile_expression(text: str, where: str) -> RowRenderer:
     except (TemplateError, RecursionError, ValueError) as broken:
         raise ConfigError(f"{where} is not a Jinja2 expression ({_line(broken)})") from broken
     return _with_row_errors(lambda fields: _defined(compiled(**fields)), where)
+
+
+def template_names(text: str) -> frozenset[str]:
+    """The fields that a template reads; raises `ConfigError` where it is none."""
+    from jinja2 import TemplateError, meta
+
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(text)))
+    except (TemplateError, RecursionError, ValueError) as broken:
+        raise ConfigError(f"{short_repr(text)} is not a Jinja2 template ({_line(broken)})") from broken
 
 
 def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> RowRenderer:
