@@ -397,7 +397,15 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
     values, overrides = (with_current_names(RunConfig, mapping) for mapping in (values, overrides or {}))
-    return from_mapping(merge_mappings(values, overrides), where=str(path))
+    return from_mapping(merge_options(values, overrides), where=str(path))
+
+
+def merge_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recipe in which `overrides` replaces values; its steps or epochs replace either of the two."""
+    train, changes = values.get("train"), overrides.get("train")
+    if isinstance(train, Mapping) and isinstance(changes, Mapping) and {"steps", "epochs"} & changes.keys():
+        values = {**values, "train": {name: train[name] for name in train if name not in ("steps", "epochs")}}
+    return merge_mappings(values, overrides)
 
 
 def load_saved_recipe(file: Path) -> RunConfig:
