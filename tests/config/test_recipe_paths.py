@@ -12,6 +12,7 @@ import yaml
 
 from prunetune.config.recipe import RunConfig, load_recipe
 from prunetune.data.sources import read_records
+from prunetune.errors import ConfigError
 from support.data import pairs, write_lines
 
 
@@ -100,7 +101,5 @@ def test_recipe_of_a_run_folder_is_read_as_the_run_wrote_it(project: Path) -> No
 
 @pytest.mark.parametrize("data", ["train", ["train"], None, {"train": 5}, {"train": [None]}])
 def test_sections_that_are_none_stay_errors_of_one_line(data: Any, project: Path) -> None:
-    from prunetune.errors import ConfigError
-
     with pytest.raises(ConfigError, match="data"):
         read(project, data=data)
