@@ -177,7 +177,7 @@ def sites(
     Parameters
     ----------
     model
-        A folder, a hub name, a .gguf file, or 'demo'.
+        A folder, a hub name (owner/name, owner/name@revision), a .gguf file, or 'demo'.
     """
     from prunetune.cli.preview import render_sites
 

@@ -38,7 +38,10 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where examples come from and how they are split. A source is a file, a glob, a hub name or `demo`."""
+    """Where examples come from and how they are split. A source is a file, a glob, a hub name or `demo`.
+
+    A hub name is owner/name, owner/name:config@split or owner/name:config@split#revision.
+    """
 
     train: tuple[str, ...] = sources("Sources to tune on; 'a.jsonl*2' doubles a source's weight.")
     search: tuple[str, ...] = sources("Sources for the pruning decision; default: split off train.")
