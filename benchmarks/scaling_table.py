@@ -26,7 +26,7 @@ from prunetune.cost.training_memory import (
     estimate_memory,
     training_shapes,
 )
-from prunetune.train.teacher import resolve_auto
+from prunetune.pipeline.prepare import resolve_auto
 
 NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
 PARTS = ("weights", "tuned", "generator", "activations", "passing")

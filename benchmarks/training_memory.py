@@ -25,13 +25,14 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.cost.training_memory import estimate_memory, training_setup, training_shapes
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
+from prunetune.pipeline.prepare import resolve_auto
 from prunetune.pruning.units import kept_params
 from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train import loop
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import base_teacher
 from prunetune.train.weight_trainer import WeightTrainer
 from prunetune.utils.environment import device_name, peak_memory_mb
 

@@ -195,8 +195,8 @@ class FakeHub:
         self.splits, self.error = splits, error
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=self.load_dataset))
 
-    def load_dataset(self, path: str, name: str | None = None, *, split: str) -> list[Any]:
-        self.calls.append((path, name, split))
+    def load_dataset(self, path: str, name: str | None = None, *, split: str, **revision: str) -> list[Any]:
+        self.calls.append((path, name, split, *revision.values()))
         if self.error is not None:
             raise self.error
         if split not in self.splits:
@@ -216,6 +216,15 @@ def test_hub_names_read_the_split_of_their_option(monkeypatch: pytest.MonkeyPatc
         ("owner/name", "small", "validation"),
         ("owner/name", "small", "odd"),
     ]
+
+
+@pytest.mark.parametrize("name", ["owner/name#v1.0", "owner/name@train#v1.0", "owner/name:small#refs/pr/1*2"])
+def test_hub_rows_are_read_at_their_revision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(monkeypatch, {"train": pairs(2)})
+    records = read_records([name], DataConfig(), "train")
+    ((_, _, split, revision),) = hub.calls
+    assert (len(records), split, revision) == (2, "train", name.partition("#")[2].removesuffix("*2"))
+    assert "#" not in records[0].source
 
 
 def test_hub_rows_are_checked_like_file_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from prunetune.errors import ModelError
+from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
     load_empty_model,
@@ -333,3 +334,31 @@ def test_cached_hub_model_opens_beside_a_folder_of_its_owners_name(offline: Path
     shutil.rmtree(stored)
     with pytest.raises(ModelError, match="did you mean"):
         load_config("runs/suport")
+
+
+def test_revision_of_a_hub_model_opens_as_that_commit(offline: Path) -> None:
+    stored = offline / "models--owner--name"
+    for commit, layers in (("a" * 40, 2), ("b" * 40, 3)):
+        folder = model_folder(stored / "snapshots" / commit)
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"num_hidden_layers": layers}))
+        (folder / "model.safetensors").unlink()
+    for ref, commit in (("main", "b" * 40), ("v1.0", "a" * 40), ("refs/pr/1", "a" * 40)):
+        (stored / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (stored / "refs" / ref).write_text(commit, encoding="utf-8")
+    for name, commit, layers in (("main", "b" * 40, 3), ("v1.0", "a" * 40, 2), ("refs/pr/1", "a" * 40, 2)):
+        assert load_config(f"owner/name@{name}").num_hidden_layers == layers
+        assert load_meta_model(f"owner/name@{name}").config.num_hidden_layers == layers
+        assert ModelIdentity(f"owner/name@{name}").digests == {"commit": commit}
+
+
+def test_absent_revision_is_refused_in_one_line_with_the_command_that_fetches_it(offline: Path) -> None:
+    with pytest.raises(ModelError, match=r"model owner/other@v2: .*hf download owner/other --revision v2") as refused:
+        load_config("owner/other@v2")
+    assert "\n" not in str(refused.value)
+
+
+def test_folder_with_an_at_sign_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "owner" / "name@v1")
+    assert resolve_model_path("owner/name@v1") == "owner/name@v1"

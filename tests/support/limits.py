@@ -14,6 +14,7 @@ from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.config.score_limits import ScoreLimit
 from prunetune.data.batches import BatchStream
+from prunetune.pipeline.prepare import resolve_auto
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
 from prunetune.search.plan_rules import PlanConstraints
@@ -23,7 +24,6 @@ from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from prunetune.train.schedule import build_schedule
-from prunetune.train.teacher import resolve_auto
 from prunetune.train.validation import RolledBack
 from support.loop import RecordingObserver, examples
 from support.models import tiny
@@ -120,7 +120,11 @@ def run_with_limits(
 
 
 def job_of(
-    config: RunConfig, observer: RecordingObserver, store: CheckpointStore, monitor: FakeMonitor | None
+    config: RunConfig,
+    observer: RecordingObserver,
+    store: CheckpointStore,
+    monitor: FakeMonitor | None,
+    good: CheckpointStore | None = None,
 ) -> TrainingJob:
     model = tiny().requires_grad_(False)
     sites = find_sites(model)
@@ -138,4 +142,5 @@ def job_of(
         checkpoints=store,
         observer=observer,
         monitor=monitor,
+        good_checkpoints=good or (monitor.good_checkpoints if monitor else None),
     )

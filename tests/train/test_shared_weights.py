@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.data import packing
+from prunetune.pipeline.prepare import resolve_auto
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
@@ -23,7 +24,7 @@ from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import checkpointed_relative_error, relative_error
 from prunetune.train.passes import PackedPasses
-from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher
 from support.loop import (
     AllCheckpoints,
     RecordingObserver,

@@ -124,7 +124,7 @@ def test_best_state_is_the_smallest_then_the_best_on_valid(tmp_path: Path) -> No
     inside = [record for record in limited.observer.validations[1:] if record["guard.nll"] <= 0.4]
     smallest = min(record["kept"] for record in inside)
     best = min((record for record in inside if record["kept"] <= smallest + 1e-6), key=lambda record: record["nll"])
-    assert (good["step"], good["valid.nll"]) == (best["step"], best["nll"])
+    assert (good["step"], good["scores"]["valid.nll"]) == (best["step"], best["nll"])
 
 
 def test_back_off_raises_what_later_cuts_leave(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_resumed_after_any_step_equals_uninterrupted(gate: str, method: str, tmp
         folder = tmp_path / f"{step}"
         while True:  # killed once at that step, whatever went back before
             observer = KilledObserver(step)
-            job = job_of(config, observer, Checkpoints(folder / "checkpoints"), whole.monitor)
-            whole.monitor.good_checkpoints = Checkpoints(folder / "good")
+            store, good = Checkpoints(folder / "checkpoints"), Checkpoints(folder / "good")
+            job = job_of(config, observer, store, whole.monitor, good)
             try:
                 tune_and_prune(job)
             except Killed:

@@ -20,8 +20,17 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from prunetune.bench.options import BenchOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
-from prunetune.config.recipe import DataViewConfig, RunConfig, UnitName, WorkloadConfig, load_recipe
-from prunetune.errors import DataError, LimitBroken, PrunetuneError
+from prunetune.config.recipe import (
+    DataViewConfig,
+    RunConfig,
+    UnitName,
+    WorkloadConfig,
+    from_mapping,
+    load_recipe,
+    merge_options,
+    to_mapping,
+)
+from prunetune.errors import ConfigError, DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
 from prunetune.utils.files import check_writable, expand_path, write_text
@@ -56,10 +65,10 @@ UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, token
 
 @app.command
 def run(
-    recipe: UserPath,
+    recipe: UserPath | None = None,
     /,
     *,
-    resume: Annotated[bool, Parameter(negative=(), help="Resume a run that was stopped.")] = False,
+    resume: Annotated[bool, Parameter(negative=(), help="Resume a run that was stopped: name its folder.")] = False,
     dry_run: Annotated[
         bool,
         Parameter(negative=(), help="Check model, data and budgets, print what the budgets mean, and write nothing."),
@@ -71,9 +80,10 @@ def run(
     Parameters
     ----------
     recipe
-        A YAML file of options; see recipes/.
+        A YAML file of options; see recipes/. Without one, --data.train (and --model) say what to do; with --resume, the
+        run folder is enough.
     """
-    config = load_recipe(recipe, flags_to_overrides(flags))
+    config = _read_config(recipe, flags, resume=resume)
     if dry_run:
         from prunetune.cli.preview import render_dry_run
 
@@ -98,6 +108,25 @@ def demo(
     _print_run(run_pipeline(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]])))
 
 
+def _read_config(recipe: Path | None, flags: object, *, resume: bool) -> RunConfig:
+    """The options of a recipe, of the run folder that is resumed, or all defaults, in which flags replace values."""
+    overrides = flags_to_overrides(flags)
+    if recipe is None:
+        recipe = expand_path(overrides.get("out", RunConfig.out))
+        if not (resume and recipe.is_dir()):
+            if not overrides.get("data", {}).get("train"):
+                raise ConfigError("name a recipe (see recipes/), or rows to tune on with --data.train, and --model")
+            return from_mapping(overrides, where="flags")
+    if not recipe.is_dir():
+        return load_recipe(recipe, overrides)
+    if not resume:
+        raise ConfigError(f"{recipe} is a folder: name a recipe in it, or continue the run in it with --resume")
+    from prunetune.runs.folder import open_run
+
+    saved = to_mapping(open_run(recipe)[1]) | {"out": str(recipe)}
+    return from_mapping(merge_options(saved, overrides), where=f"{recipe}/config.yaml")
+
+
 def _print_run(folder: Path) -> None:
     """Print what a run made, on rank 0 only."""
     if not rank_and_world_size()[0]:
@@ -119,11 +148,11 @@ def compare(
     Parameters
     ----------
     recipe
-        A YAML file of options; its section `compare` says what is compared.
+        A YAML file of options; its section `compare` says what is compared. With --resume, its folder is enough.
     """
     from prunetune.compare.run import compare as run_comparison
 
-    config = load_recipe(recipe, flags_to_overrides(flags))
+    config = _read_config(recipe, flags, resume=resume)
     folder = run_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     _print((folder / "table.md").read_text(encoding="utf-8"))
     _print(f"page {folder / 'comparison.html'}")
@@ -151,7 +180,7 @@ def sites(
     Parameters
     ----------
     model
-        A folder, a hub name, a .gguf file, or 'demo'.
+        A folder, a hub name (owner/name, owner/name@revision), a .gguf file, or 'demo'.
     """
     from prunetune.cli.preview import render_sites
 

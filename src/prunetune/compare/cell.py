@@ -22,19 +22,19 @@ from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.pipeline.plan_constraints import make_plan_constraints
-from prunetune.pipeline.prepare import RunContext, with_distill_texts
+from prunetune.pipeline.prepare import RunContext, resolve_auto, with_distill_texts
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.teacher_student_weights import unshare_weights
 from prunetune.pruning.units import dense_plan, kept_params
-from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import Passes, build_passes
 from prunetune.train.step_guard import StepGuard
-from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.utils import environment
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
@@ -53,6 +53,24 @@ class TunedDenseModel:
     plan: Plan | None = None
     seconds: float = 0.0
     curve: list[JsonObject] = field(default_factory=list)
+
+
+class NewestState:
+    """The newest state saved, in CPU memory: a cell is not resumed."""
+
+    state: TrainingState | None = None
+
+    def save(self, state: TrainingState) -> None:
+        """Keep a copy of the state."""
+        tensors = {
+            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+            for group, named in state.tensors.items()
+        }
+        self.state = replace(state, tensors=tensors)
+
+    def latest(self) -> TrainingState | None:
+        """The state."""
+        return self.state
 
 
 @dataclass
@@ -174,7 +192,9 @@ class CellRunner:
         start = self.tuned_dense(cell.seed, self.dense_learning_rate).model if starts_tuned else self.model
         model, monitor, started = copy.deepcopy(start), CellMonitor(self), time.monotonic()
         teacher = make_teacher(model)
-        make = partial(make_job, context, model, NullCheckpointStore(), monitor, teacher=teacher)
+        make = partial(
+            make_job, context, model, NullCheckpointStore(), monitor, teacher=teacher, good_checkpoints=NewestState()
+        )
         plan = tune_and_prune(make(plan=self._plan(cell, context, make)))
         unshare_weights(model)  # a base teacher shares its memory
         merge_adapters(model)
@@ -226,8 +246,8 @@ class CellRunner:
     def _tune_dense(self, tuned: TunedDenseModel, seed: int, rate: float) -> None:
         context = self.cell_context(Cell(built_in_methods()[DENSE], 1.0, seed, rate))
         model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
-        job = make_job(context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
-        tuned.plan = tune_and_prune(job)
+        make = partial(make_job, context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
+        tuned.plan = tune_and_prune(make(good_checkpoints=NewestState()))
         merge_adapters(model)
         self._synchronize()
         tuned.seconds, tuned.curve = time.monotonic() - started, monitor.curve

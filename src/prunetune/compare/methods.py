@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunetune.baselines import BASELINES
-from prunetune.config.fields import fields_by_path, merge_mappings, with_current_names
-from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
+from prunetune.config.fields import fields_by_path, with_current_names
+from prunetune.config.recipe import RunConfig, from_mapping, merge_options, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
 from prunetune.utils.files import expand_path
@@ -129,6 +129,8 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
             raise ConfigError(
                 f"{where}: {key} is the same for all methods; a variant may change {', '.join(VARIANT_OPTIONS)}"
             )
+        if key == "train.epochs":
+            raise ConfigError(f"{where}: train.epochs becomes steps once, for all methods: name train.steps")
         if key == "lora.quantize":
             raise ConfigError(f"{where}: {NO_QUANTIZE}")
     return method
@@ -146,7 +148,7 @@ def _changed_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[st
 
 def apply_overrides(config: RunConfig, overrides: Mapping[str, Any], *, where: str = "variant") -> RunConfig:
     """The recipe with changes; if these turn the teacher off, the texts for distillation go too."""
-    values = merge_mappings(to_mapping(config), overrides)
+    values = merge_options(to_mapping(config), overrides)
     if isinstance(values["distill"], Mapping) and values["distill"].get("teacher") == "none":
         values["data"] = {**values["data"], "distill_texts": []}
     return from_mapping(values, where=where)

@@ -27,11 +27,10 @@ from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
-from prunetune.pipeline.prepare import Console, RunContext, prepare
+from prunetune.pipeline.prepare import Console, RunContext, prepare, resolve_auto
 from prunetune.pipeline.recording import record_origin
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock
 from prunetune.search.select import select
-from prunetune.train.teacher import resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.console import make_console
@@ -75,7 +74,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         context.folder.path.mkdir(parents=True, exist_ok=True)
         with run_lock(context.folder):
             # First: with it, the folder can be resumed.
-            write_text(context.folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+            write_text(context.folder.path / "config.yaml", yaml.safe_dump(to_mapping(context.recipe), sort_keys=False))
             (context.folder.path / "cells").mkdir(exist_ok=True)
             record_origin(context, command)
             cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()

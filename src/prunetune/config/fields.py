@@ -45,6 +45,7 @@ def option(
     flag_type: type[Any] | None = None,
     flag_alias: str | None = None,
     formerly: str = "",
+    is_path: bool = False,
 ) -> Any:
     """A field with its help text and bounds: at least `ge`, at most `le`, above `gt`.
 
@@ -56,15 +57,17 @@ def option(
     - `flag_type` is the type of the flag, where it accepts more than the field.
     - `flag_alias` is a second name of the flag.
     - `formerly` is the option's name in the version before, under which it is still read.
+    - `is_path`: in a recipe, a relative path starts from the recipe's folder.
     """
     metadata: dict[str, Any] = {"help": help, "parse": parse, "entry_name": entry_name, "formerly": formerly}
+    metadata["is_path"] = is_path
     metadata |= {"accepts_number": accepts_number, "flag_type": flag_type, "flag_alias": flag_alias}
     return field(default=default, metadata=metadata | {"ge": ge, "le": le, "gt": gt})
 
 
 def sources(help: str, *, formerly: str = "") -> Any:
     """A field for data sources: none by default; each is text, or {source: ..., weight: ...}."""
-    return option((), help, parse=parse_source, entry_name="source", formerly=formerly)
+    return option((), help, parse=parse_source, entry_name="source", formerly=formerly, is_path=True)
 
 
 def section(cls: type[Any], *, formerly: str = "") -> Any:

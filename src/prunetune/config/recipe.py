@@ -19,6 +19,7 @@ from prunetune.config.fields import (
     with_current_names,
 )
 from prunetune.config.quantities import Amount
+from prunetune.config.recipe_paths import start_from_recipe
 from prunetune.config.score_limits import normalize_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
@@ -51,7 +52,10 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where examples come from and how they are split. A source is a file, a glob, a hub name or `demo`."""
+    """Where examples come from and how they are split. A source is a file, a glob, a hub name or `demo`.
+
+    A hub name is owner/name, owner/name:config@split or owner/name:config@split#revision.
+    """
 
     train: tuple[str, ...] = sources("Sources to tune on; 'a.jsonl*2' doubles a source's weight.")
     search: tuple[str, ...] = sources("Sources for the pruning decision; default: split off train.")
@@ -76,7 +80,9 @@ class DataConfig:
     bad_rows: Literal["error", "drop"] = option(
         "error", "What to do with rows that cannot be used; drop leaves them out and says how many, and why."
     )
-    root: str = option("", "Folder that relative sources start from; default: the working folder.")
+    root: str = option(
+        "", "Folder that relative sources start from; default: the folder of the recipe that names them.", is_path=True
+    )
     search_share: float = option(0.1, "Share of train that becomes search, if data.search is not given.", gt=0, le=0.5)
     valid_share: float = option(0.05, "Share of train that becomes valid, if data.valid is not given.", gt=0, le=0.5)
     test_share: float = option(0.1, "Share of train that becomes test, if data.test is not given.", gt=0, le=0.5)
@@ -147,7 +153,9 @@ class BudgetConfig:
     throughput: str = option(
         "", "Fewest generated tokens per second over all requests: 1.3x or 300/s.", accepts_number=True
     )
-    table: str = option("", "File with this device's latency table; default: the cache, measured if missing.")
+    table: str = option(
+        "", "File with this device's latency table; default: the cache, measured if missing.", is_path=True
+    )
     align: int = option(0, "MLP widths are multiples of this; 0: 128, or 32 if the MLP is narrower than 4,096.", ge=0)
     min_groups: int = option(
         0, "Fewest KV groups that a layer keeps; a layer with none skips attention (per-layer layout).", ge=0
@@ -317,7 +325,7 @@ class CompareConfig:
         gt=0,
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")
-    variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.")
+    variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.", is_path=True)
     jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
 
     def __post_init__(self) -> None:
@@ -339,8 +347,13 @@ def check_distinct_names(option_name: str, values: Sequence[float]) -> None:
 class RunConfig:
     """The options of a whole run; model and data in, smaller model and report out."""
 
-    model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
-    out: str = option("runs/latest", "The run folder to make.")
+    model: str = option(
+        "demo",
+        "A folder, a hub name (owner/name, owner/name@revision), a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a "
+        "package).",
+        is_path=True,
+    )
+    out: str = option("runs/latest", "The run folder to make, from the working folder.")
     seed: int = option(0, "Seed of everything random.", ge=0)
     deterministic: bool = option(
         False, "Use deterministic kernels: the same seed gives the same bits on the same machine, on a GPU too; slower."
@@ -424,12 +437,26 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a YAML recipe, in which `overrides` (nested, as the recipe) replaces values; raises `ConfigError`."""
-    values = read_yaml(path, "the recipe", "name a YAML file, see recipes/") or {}
+    """Read a YAML recipe, in which `overrides` (nested, as the recipe) replaces values; raises `ConfigError`.
+
+    Relative paths of the recipe start from its folder, those of `overrides` from the working folder.
+    """
+    values = read_yaml(path, "the recipe", "name a YAML file, see recipes/, or with --resume a run folder") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
     values, overrides = (with_current_names(RunConfig, mapping) for mapping in (values, overrides or {}))
-    return from_mapping(merge_mappings(values, overrides), where=str(path))
+    sections = [mapping.get("data") for mapping in (values, overrides)]
+    has_root = any(isinstance(data, Mapping) and data.get("root") for data in sections)
+    values = start_from_recipe(RunConfig, values, path, has_root=has_root)
+    return from_mapping(merge_options(values, overrides), where=str(path))
+
+
+def merge_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recipe in which `overrides` replaces values; its steps or epochs replace either of the two."""
+    train, changes = values.get("train"), overrides.get("train")
+    if isinstance(train, Mapping) and isinstance(changes, Mapping) and {"steps", "epochs"} & changes.keys():
+        values = {**values, "train": {name: train[name] for name in train if name not in ("steps", "epochs")}}
+    return merge_mappings(values, overrides)
 
 
 def load_saved_recipe(file: Path) -> RunConfig:

@@ -23,6 +23,12 @@ class TrainConfig:
     """The tuning of the weights; options are named as in transformers' TrainingArguments if they mean the same."""
 
     steps: int = option(700, "Steps in all; the model is pruned within them.", ge=1)
+    epochs: float = option(
+        0.0,
+        "Passes over the rows of train, in place of train.steps, which then follow from rows and train.batch_size; a "
+        "dry run says them, and the run folder keeps them.",
+        ge=0,
+    )
     batch_size: int = option(16, "Examples a step.", ge=1)
     micro_tokens: int = option(
         16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", ge=1
@@ -77,7 +83,24 @@ class TrainConfig:
     )
     checkpoint_every: int = option(100, "Steps between checkpoints; one is also written at the end of a phase.", ge=1)
     validate_every: int = option(100, "Steps between validations of the decided sub-network.", ge=1)
+    keep_best: bool = option(
+        False,
+        "Export the weights of the validation with the lowest loss on valid after the last cut, not those of the last "
+        "step; limits then roll back to it, too.",
+    )
+    patience: int = option(
+        0,
+        "Stop after so many validations in a row, after the last cut, without a lower loss on valid; 0: never. Set "
+        "train.keep_best, too, to export the best of them.",
+        ge=0,
+    )
     log_every: int = option(10, "Steps between lines of a plain log.", ge=1)
+
+    def __post_init__(self) -> None:
+        if self.epochs and self.steps != TrainConfig.steps:
+            raise ConfigError(
+                f"train.steps {self.steps} and train.epochs {self.epochs:g} both say how long to tune: leave one out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

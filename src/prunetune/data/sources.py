@@ -39,7 +39,9 @@ HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
 }
 SPLIT_STEM = re.compile(r"(train|search|valid|validation|val|dev|test|eval)(-\d+-of-\d+)?")
 WEIGHT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+HUB_NAME = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?(#(?P<revision>[\w./-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,8 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
     splits = (match["split"],) if match["split"] else HUB_SPLITS[split]
-    loaded_split, rows = _load_hub_split(match["name"], match["config"], splits, source.path)
-    where, task = f"{source.path.partition('@')[0]}@{loaded_split}", match["name"].rpartition("/")[2]
+    loaded_split, rows = _load_hub_split(match["name"], match["config"], splits, source.path, match["revision"])
+    where, task = f"{re.split('[@#]', source.path)[0]}@{loaded_split}", match["name"].rpartition("/")[2]
     number = 0
     for number, row in enumerate(_iterate_or_raise(rows, where), 1):
         id, fields = f"{where}:{number}", without_nulls(row)
@@ -265,7 +267,9 @@ def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
         yield row
 
 
-def _load_hub_split(name: str, config: str | None, splits: tuple[str, ...], written: str) -> tuple[str, Iterator[Any]]:
+def _load_hub_split(
+    name: str, config: str | None, splits: tuple[str, ...], written: str, revision: str | None = None
+) -> tuple[str, Iterator[Any]]:
     """(name, rows) of the first of these splits that the data set has; `written` is the source as the user wrote it.
 
     No code that comes with a data set is run. Raises `DataError` and `MissingPackage`.
@@ -274,10 +278,10 @@ def _load_hub_split(name: str, config: str | None, splits: tuple[str, ...], writ
         import datasets
     except ModuleNotFoundError as missing:
         raise MissingPackage(f"{written}: hub data sets need a package; run: pip install datasets") from missing
-    failure = ""
+    failure, at_revision = "", {"revision": revision} if revision else {}
     for split in splits:
         try:
-            return split, iter(datasets.load_dataset(name, *([config] if config else []), split=split))
+            return split, iter(datasets.load_dataset(name, *([config] if config else []), split=split, **at_revision))
         except ValueError as unknown_split:
             failure = failure or _one_line(unknown_split)
         except Exception as broken:  # the hub, the network or a parser: the user must see which name failed
@@ -286,7 +290,7 @@ def _load_hub_split(name: str, config: str | None, splits: tuple[str, ...], writ
     tried = f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}"
     raise DataError(
         f"{written}: no such file, and not to be had from the hub ({tried}): {failure}; "
-        "correct the name, or write owner/name:config@split"
+        "correct the name, or write owner/name:config@split#revision"
     )
 
 

@@ -100,6 +100,11 @@ def _bootstrap(statistics: Sequence[Statistic], n: int) -> Score:
     return Score(float(values[0]), se, n)
 
 
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite if it would overflow."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
 def _perplexity(items: Sequence[Item]) -> Statistic:
     tokens = np.asarray([item.scores["tokens"] for item in items], dtype=np.float64)
     totals = np.asarray([item.scores["nll"] for item in items], dtype=np.float64) * tokens

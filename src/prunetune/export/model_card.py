@@ -79,8 +79,8 @@ def _front_matter(provenance: Provenance) -> str:
     """The YAML block that the Hugging Face Hub reads."""
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     model, licence = provenance.config.model, provenance.licence
-    if model.count("/") == 1 and model[0] not in "./~":
-        values["base_model"] = model
+    if model.partition("@")[0].count("/") == 1 and model[0] not in "./~":
+        values["base_model"] = model.partition("@")[0]
     if licence.id:
         fields = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
         values |= {key: value for key, value in fields.items() if value}

@@ -25,6 +25,7 @@ from prunetune.model.config_checks import (
     raise_unless_causal_lm,
 )
 from prunetune.model.gguf_import import dequantize_gguf
+from prunetune.model.hub_revision import fetch_revision, split_revision
 from prunetune.model.per_layer_classes import register_folder
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.utils.failures import first_line, reading_model_files
@@ -68,6 +69,10 @@ def resolve_model_path(name: str) -> str:
         _raise_if_no_model_folder(name, path)
         register_folder(path)
         return str(path)
+    if not path.exists() and split_revision(name)[1]:
+        folder = fetch_revision(name)
+        register_folder(folder)
+        return str(folder)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model {name}: not a model folder; name a folder, a .gguf file or a hub name such as owner/name"
@@ -109,7 +114,8 @@ def cached_hub_file(name: str, file: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(name, file)
+        repository, revision = split_revision(name)
+        cached = try_to_load_from_cache(repository, file, revision=revision or None)
     except HFValidationError:  # not a possible hub name
         return None
     return Path(cached) if isinstance(cached, str) else None

@@ -18,6 +18,7 @@ from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
+from prunetune.evaluation.statistics import perplexity
 from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
@@ -26,10 +27,8 @@ from prunetune.runs.folder import TUNING_STAGE
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size
 from prunetune.search.select import min_params
-from prunetune.train.checkpoints import Checkpoints, CheckpointStore
-from prunetune.train.parallel.distributed_passes import distribute_checkpoints
+from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.schedule import build_schedule
-from prunetune.train.validation import perplexity
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject, is_cut, read_json_lines
 
@@ -40,7 +39,6 @@ class ValidationMonitor:
 
     context: RunContext
     limits: tuple[ScoreLimit, ...]
-    good_checkpoints: CheckpointStore
     choice_rows: tuple[Record, ...]  # of valid, if their accuracy is wanted
     guard_rows: tuple[Record, ...]
 
@@ -116,9 +114,6 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
     return ValidationMonitor(
         context,
         limits,
-        good_checkpoints=distribute_checkpoints(
-            Checkpoints(context.folder.good_checkpoints, context.base), context.ranks
-        ),
         choice_rows=tuple(stable_sample(choice_rows if needs_accuracy else (), max_rows)),
         guard_rows=tuple(stable_sample(context.splits.guard, max_rows)),
     )

@@ -68,7 +68,7 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         context = prepare(config, resume=resume, console=console)
         sizes = make_size_runs(context)
-        create_run_folder(context.folder, config)
+        create_run_folder(context.folder, context.recipe)
         with run_lifecycle(context, command):
             folders = tuple(str(size.folder.path.relative_to(context.folder.path)) for size in sizes)
             record_origin(context, command, sizes=folders)
@@ -108,7 +108,9 @@ class SizeRun:
         if self.folder.model_folder.exists():
             return True
         state = Checkpoints(self.folder.checkpoints).latest()
-        return state is not None and state.is_cut and state.step >= self.config.train.steps
+        if state is None or not state.is_cut:
+            return False
+        return state.step >= self.config.train.steps or state.step == state.validation_history["schedule"]["steps"]
 
 
 def make_size_runs(context: RunContext) -> tuple[SizeRun, ...]:

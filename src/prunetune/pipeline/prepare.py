@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -42,10 +42,10 @@ from prunetune.pruning.units import Site
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
+from prunetune.train.adapters import LARGE_MODEL_PARAMS
 from prunetune.train.job import Observer
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import build_schedule
-from prunetune.train.teacher import resolve_auto
 from prunetune.utils.files import require_disk_space
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,9 @@ def prepare(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # the console shows its own
-    folder = check_folder(config, resume=resume, changeable=changeable)
+    # Steps that follow from epochs are known, and compared with those of a resumed run, once the rows are.
+    undecided = {"train.steps", "train.epochs"} if config.train.epochs else set()
+    folder = check_folder(config, resume=resume, changeable=undecided.union(changeable))
     if config.lora.quantize != "off":
         require_nf4()
     device = pick_device(config.device) if ranks.world_size == 1 else ranks.device
@@ -148,10 +150,18 @@ def prepare(
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, constraints)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     encoded = _encode_splits(splits, tokenizer, meta_model, config)
-    if not config.train.learning_rate and not encoded["valid"].examples:
+    if config.train.epochs:
+        steps = _steps_of_epochs(config, encoded)
+        config, recipe = (
+            replace(each, train=replace(each.train, epochs=0.0, steps=steps)) for each in (config, recipe)
+        )
+        check_folder(recipe, resume=resume, changeable=changeable)
+    train = config.train
+    on_valid = {"learning_rate auto": not train.learning_rate, "keep_best": train.keep_best, "patience": train.patience}
+    if (choosing := [name for name, is_on in on_valid.items() if is_on]) and not encoded["valid"].examples:
         raise DataError(
-            "train.learning_rate auto chooses on valid, and valid has no row, or none that fits data.max_length: name "
-            "data.valid or a data.valid_share, or set a learning rate"
+            f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
+            f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
     if config.train.start == "teacher" and (
         config.distill.teacher != "dense" or config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp
@@ -200,6 +210,20 @@ def prepare(
     )
 
 
+def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
+    """The recipe with all `auto` that depend on the size decided: teacher, its share, tuned weights.
+
+    From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
+    """
+    distill, train, large = config.distill, config.train, prunable_params(sites) >= LARGE_MODEL_PARAMS
+    if train.weights == "auto":
+        train = replace(train, weights="adapters" if large else "all")
+    if distill.teacher == "auto":
+        distill = replace(distill, teacher="base" if large else "dense")
+    distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
+    return replace(config, distill=distill, train=train)
+
+
 def _encode_splits(
     splits: Splits, tokenizer: Any, meta_model: Any, config: RunConfig
 ) -> dict[SplitName, EncodedExamples]:
@@ -225,6 +249,15 @@ def _encode_splits(
                 f"{embedding_rows} rows; resize it (model.resize_token_embeddings(len(tokenizer))) and save both"
             )
     return encoded
+
+
+def _steps_of_epochs(config: RunConfig, encoded: Mapping[SplitName, EncodedExamples]) -> int:
+    """The steps of `train.epochs`: a row counts as often as its weight says, and texts take their share of a batch."""
+    rows = math.fsum(example.weight for example in encoded["train"].examples)
+    rows_per_step = config.train.batch_size * (1 - config.data.distill_texts_share * ("texts" in encoded))
+    steps = max(1, math.ceil(round(config.train.epochs * rows / rows_per_step, 6)))
+    log.info("train: %g epochs of %g rows are %d steps", config.train.epochs, rows, steps)
+    return steps
 
 
 def _raise_if_not_resumable(folder: RunFolder, splits: Splits, base: ModelIdentity | None) -> None:
@@ -299,7 +332,8 @@ def _disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConf
     weights: int = sum(parameter.numel() for parameter in meta_model.parameters())
     if config.train.weights == "all":
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
-    states = 8 if config.limits else 5  # two of the run, two of the dense tuned model, one in writing; for limits more
+    # Two of the run, two of the dense tuned model, one in writing; more to go back to.
+    states = 8 if config.limits or config.train.keep_best else 5
     return len(config.budget.keeps) * (states * 12 * adapter + 4 * weights) + 64 * 2**20
 
 

@@ -43,7 +43,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
                 train(context, monitor)
                 release_other_ranks(context)
             return context.folder.path
-        create_run_folder(context.folder, config)
+        create_run_folder(context.folder, context.recipe)
         with ranks.barrier_before_failing(), run_lifecycle(context, command):
             record_origin(context, command)
             train(context, monitor)

@@ -38,7 +38,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
-from prunetune.train.checkpoints import Checkpoints, CheckpointStore, json_digest
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
@@ -48,7 +48,7 @@ from prunetune.train.schedule import build_schedule, one_cut_schedule
 from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
-from prunetune.utils.files import write_text
+from prunetune.utils.files import json_digest, write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 from prunetune.utils.untrusted import parse_json
@@ -93,7 +93,9 @@ def resume_training(
         context.folder.drop_records_after(state.step if state else -1)
     try:
         model = context.load_for_training()
-        job = make_job(context, model, checkpoints, observer, teacher=teacher_factory(model), monitor=monitor)
+        good = distribute_checkpoints(Checkpoints(context.folder.good_checkpoints, context.base), context.ranks)
+        teacher = teacher_factory(model)
+        job = make_job(context, model, checkpoints, observer, teacher=teacher, monitor=monitor, good_checkpoints=good)
         tune_and_prune(transform_job(job))
     except RolledBack:
         return False
@@ -137,8 +139,8 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     if context.ranks.is_main:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
     config = with_learning_rate(context.config, rate)
-    train, validate = replace(config.train, steps=steps, validate_every=steps), replace(config.validate, share=1.0)
-    config = replace(config, train=train, validate=validate)
+    train = replace(config.train, steps=steps, validate_every=steps, keep_best=False, patience=0)
+    config = replace(config, train=train, validate=replace(config.validate, share=1.0))
     context = replace(context, folder=folder, config=config)
     context.console.stage(f"try learning rate {rate:g}", steps)
     try:
@@ -183,6 +185,7 @@ def make_job(
     plan: Plan | None = None,
     teacher: Teacher | None = None,
     monitor: Monitor | None = None,
+    good_checkpoints: CheckpointStore | None = None,
 ) -> TrainingJob:
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
     config, valid = context.config, context.encoded["valid"].examples
@@ -205,6 +208,7 @@ def make_job(
         observer=observer,
         teacher=teacher,
         monitor=monitor,
+        good_checkpoints=good_checkpoints,
         ranks=context.ranks,
         given_plan=plan,
     )
@@ -319,12 +323,14 @@ def load_model(context: RunContext, name: str) -> Any:
         model = context.load_for_training()
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
         context.console.stage("tune the dense model (once: what is done is kept)", context.config.train.steps)
-        store = Checkpoints(context.folder.dense_tuned_checkpoints, context.base)
-        checkpoints = distribute_checkpoints(store, context.ranks)
+        folder = context.folder.dense_tuned_checkpoints
+        stores = (Checkpoints(path, context.base) for path in (folder, folder / "good"))
+        checkpoints, good = (distribute_checkpoints(store, context.ranks) for store in stores)
         plain = plain_lora_config(context)
         train_config = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
         plain = replace(plain, config=replace(plain.config, train=train_config))
-        tune_and_prune(make_job(plain, model, checkpoints, context.console, dense_plan(context.sites)))
+        plan = dense_plan(context.sites)
+        tune_and_prune(make_job(plain, model, checkpoints, context.console, plan, good_checkpoints=good))
         if not context.ranks.uses_fsdp:  # adapters are not merged into sharded weights
             finalize_adapters(model)
         return model

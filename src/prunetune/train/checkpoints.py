@@ -6,7 +6,6 @@ and the step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -23,7 +22,7 @@ from torch import Tensor
 from prunetune.errors import PlanError, RunFolderError
 from prunetune.model.identity import ModelIdentity
 from prunetune.plan import Plan
-from prunetune.utils.files import atomic_folder, sha256, write_text
+from prunetune.utils.files import atomic_folder, json_digest, sha256, write_text
 from prunetune.utils.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
@@ -142,9 +141,8 @@ class NullCheckpointStore:
     def save(self, state: TrainingState) -> None:
         """Do nothing."""
 
-    def latest(self) -> TrainingState | None:
+    def latest(self) -> None:
         """None."""
-        return None
 
 
 def _read(folder: Path) -> tuple[TrainingState, Mapping[str, str]]:
@@ -165,8 +163,3 @@ def _read(folder: Path) -> tuple[TrainingState, Mapping[str, str]]:
     plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] is not None else None
     later = {attribute: fields[key] for key, attribute in LATER_FIELDS.items()}
     return TrainingState(fields["step"], plan, fields["is_cut"], tensors, **later), fields.get("base", {})
-
-
-def json_digest(values: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, by which a file that holds both is known to be what was written."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -40,10 +40,6 @@ class Monitor(Protocol):
     def needs_dense_scores(self) -> bool:
         """Whether the dense model is scored before the first step."""
 
-    @property
-    def good_checkpoints(self) -> CheckpointStore:
-        """Of the states that a limit can roll back to."""
-
     def score(self, model: Any) -> dict[str, float]:
         """Scores by metric of the model as it is; the caller has gated or cut it."""
 
@@ -68,6 +64,7 @@ class TrainingJob:
     observer: Observer
     teacher: Teacher | None = None
     monitor: Monitor | None = None
+    good_checkpoints: CheckpointStore | None = None  # of states to roll back to, or to end with (keep_best)
     ranks: Ranks = SINGLE_PROCESS
     given_plan: Plan | None = None  # of a baseline: one cut, then tuning
     start_state: TrainingState | None = None  # of a larger size, from whose cut model this one goes on

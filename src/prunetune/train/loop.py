@@ -55,6 +55,8 @@ def tune_and_prune(job: TrainingJob) -> Plan:
 
     for step in range(progress.step, job.schedule.steps):
         schedule = progress.schedule
+        if step == schedule.steps:  # stopped early
+            break
         record: JsonObject = {"step": step + 1, "phase": schedule.phase_at(step)}
 
         if generator is not None and step < schedule.search:
@@ -86,6 +88,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
         assert decision.plan is not None
         weights.cut(decision.plan, 0)
         progress.save(decision)
+    progress.restore_best(decision)
     weights.release_recordings()
     assert decision.plan is not None
     return decision.plan

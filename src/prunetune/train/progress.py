@@ -97,6 +97,12 @@ class TrainingProgress:
         if self.job.branch_checkpoints is not None and self.step == self.schedule.branch_step:
             self.job.branch_checkpoints.save(self._state(decision))
 
+    def restore_best(self, decision: Decision) -> None:
+        """End with the weights of the best validation after the last cut, if `train.keep_best` says so."""
+        if best := self.validation.best_state(decision):
+            self.weight_trainer.load(best.tensors["adapters"], best.tensors["adapter_optimizer"])
+            self.save(decision)
+
     def save(self, decision: Decision) -> None:
         """Save a checkpoint of this step."""
         self.job.checkpoints.save(self._state(decision))

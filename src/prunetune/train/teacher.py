@@ -1,20 +1,17 @@
-"""The teacher that a student is distilled from, the examples it sees, and what `auto` means for a model's size."""
+"""The teacher that a student is distilled from, and the examples it sees."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from prunetune.config.recipe import DistillConfig, RunConfig
-from prunetune.cost.parameters import prunable_params
+from prunetune.config.recipe import DistillConfig
 from prunetune.data.encoding import Example
 from prunetune.pruning.teacher_student_weights import copy_sharing_weights
-from prunetune.pruning.units import Site
-from prunetune.train.adapters import LARGE_MODEL_PARAMS
 
 
 @dataclass(frozen=True)
@@ -50,17 +47,3 @@ def split_by_teacher(
 def base_teacher(model: Any, distill: DistillConfig) -> Teacher:
     """The untuned model, over the student's own tensors; to be made before adapters are added to the student."""
     return Teacher(copy_sharing_weights(model), is_tuned=False, shares_weights=True, share=distill.share)
-
-
-def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
-    """The recipe with all `auto` that depend on the size decided: teacher, its share, tuned weights.
-
-    From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
-    """
-    distill, train, large = config.distill, config.train, prunable_params(sites) >= LARGE_MODEL_PARAMS
-    if train.weights == "auto":
-        train = replace(train, weights="adapters" if large else "all")
-    if distill.teacher == "auto":
-        distill = replace(distill, teacher="base" if large else "dense")
-    distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
-    return replace(config, distill=distill, train=train)

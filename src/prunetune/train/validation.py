@@ -16,11 +16,12 @@ from typing import Any
 
 from prunetune.config.score_limits import ScoreLimit
 from prunetune.errors import LimitBroken
+from prunetune.evaluation.statistics import perplexity
 from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
 from prunetune.search.decision import Decision
 from prunetune.search.searcher import Searcher
-from prunetune.train.checkpoints import TrainingState
+from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
 from prunetune.train.weight_trainer import WeightTrainer
@@ -42,7 +43,8 @@ class ValidationHistory:
     schedule: Schedule  # the job's own, until a limit changes it
     dense: Mapping[str, float] = field(default_factory=dict)  # scores before the first step
     last: Mapping[str, float] = field(default_factory=dict)  # newest scores of the current state
-    good: Mapping[str, float] = field(default_factory=dict)  # scores, "step" and "kept" of the state to roll back to
+    good: JsonObject = field(default_factory=dict)  # "step", "kept" and "scores" of the state to go back to
+    stale: int = 0  # validations since one that was better
     events: tuple[JsonObject, ...] = ()  # what broken limits did
     stride: int = 0  # one of so many due validations takes place; 0: not measured yet
     seconds: float = 0.0  # spent on validations
@@ -65,7 +67,10 @@ class Validation:
     ) -> None:
         self.job, self.weight_trainer, self.searcher, self.state_of = job, weight_trainer, searcher, state_of
         self.limits = job.monitor.limits if job.monitor else ()
-        self.can_roll_back = any(limit.action != "stop" for limit in self.limits)
+        self.keep_best, self.patience = job.config.train.keep_best, job.config.train.patience
+        self.good_checkpoints = job.good_checkpoints or NullCheckpointStore()
+        self.keeps_states = self.keep_best or any(limit.action != "stop" for limit in self.limits)
+        self.ranks_states = self.keep_best or self.patience or job.config.validate.back_to == "best"
         self.history = ValidationHistory(job.schedule)
         # For the pace of a step: steps and seconds before this process; seconds of its validations are added.
         self.first_step, self.excluded_seconds = 0, 0.0
@@ -114,6 +119,15 @@ class Validation:
         self._save_if_good(record, decision, scores)
         return decision
 
+    def best_state(self, decision: Decision) -> TrainingState | None:
+        """With `train.keep_best`, the state of the best validation with the last plan; its scores are now the last."""
+        good, best = self.history.good, self.good_checkpoints.latest() if self.keep_best else None
+        if not good or best is None or (best.step, best.is_cut, best.plan) != (good["step"], True, decision.plan):
+            return None
+        log.info("step %d has the lowest valid.nll, %.4g: its weights are kept", best.step, good["scores"]["valid.nll"])
+        self.history = replace(self.history, last=good["scores"])
+        return best
+
     # -- what a validation scores, and its price ------------------------------------------------------------------
 
     def _set_stride(self, record: JsonObject, decision: Decision) -> None:
@@ -150,14 +164,28 @@ class Validation:
     # -- what limits do ------------------------------------------------------------------------------------------------
 
     def _save_if_good(self, record: JsonObject, decision: Decision, scores: Mapping[str, float]) -> None:
-        """Keep a state that meets all limits, if a limit may have to roll back to it; draws have no plan to keep."""
-        if self.job.monitor is None or not self.can_roll_back or decision.plan is None:
+        """Keep a state that meets all limits, if the run may go back to it; draws have no plan to keep.
+
+        After `train.patience` validations with the last plan and without a better one, this step is the last.
+        """
+        if decision.plan is None:
             return
-        candidate = {"step": record["step"], "kept": record["kept"], **scores}
-        if self.job.config.validate.back_to == "best" and not _is_better(candidate, self.history.good):
+        step, good, schedule = record["step"], self.history.good, self.history.schedule
+        is_decided, candidate = (
+            not schedule.decides_after(step),
+            {"step": step, "kept": record["kept"], "scores": scores},
+        )
+        is_first = not good or (is_decided and schedule.decides_after(good["step"]))
+        if is_first or not self.ranks_states or _is_better(candidate, good):
+            self.history = replace(self.history, good=candidate, stale=0)
+            if self.keeps_states:
+                self.good_checkpoints.save(self.state_of(decision))
             return
-        self.history = replace(self.history, good=candidate)
-        self.job.monitor.good_checkpoints.save(self.state_of(decision))
+        self.history = replace(self.history, stale=self.history.stale + 1)
+        smaller_size_waits = self.job.branch_checkpoints is not None and step < schedule.branch_step
+        if 0 < self.patience <= self.history.stale and is_decided and not smaller_size_waits:
+            log.info("step %d: valid.nll has not fallen for %d validations: tuning ends", step, self.history.stale)
+            self._set_schedule(replace(schedule, steps=step))
 
     def _handle_broken_limits(self, record: JsonObject, broken: list[ScoreLimit], decision: Decision) -> Decision:
         step, reason = record["step"], broken[0].describe(self.history.last, self.history.dense)
@@ -169,7 +197,7 @@ class Validation:
             )
         if "roll-back" not in actions and self.history.schedule.decides_after(step):
             return self._back_off(step, broken, decision, reason)
-        good = self.job.monitor.good_checkpoints.latest() if self.job.monitor and self.history.good else None
+        good = self.good_checkpoints.latest() if self.history.good else None
         if good is None:
             self._add_event(step, broken, "nothing to go back to")
             log.warning("step %d: %s, and no earlier validation met all limits: the run continues", step, reason)
@@ -189,13 +217,11 @@ class Validation:
     def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, reason: str) -> None:
         """Make the good state the newest checkpoint: weights, optimisers, and its decision, which is now final."""
         self._add_event(step, broken, f"rolled back to step {good.step}")
-        kept = 100 * self.history.good["kept"]
+        kept, schedule = 100 * self.history.good["kept"], self.history.schedule
         log.warning("step %d: %s: rolled back to step %d, %.1f%% kept", step, reason, good.step, kept)
-        schedule = self.history.schedule
         if schedule.decides_after(good.step):
             schedule = schedule.decided_at(step)
-        scores = {name: value for name, value in self.history.good.items() if name not in ("step", "kept")}
-        history = replace(self.history, schedule=schedule, last=scores)
+        history = replace(self.history, schedule=schedule, last=self.history.good["scores"])
         self.job.checkpoints.save(replace(good, step=step, validation_history=history.to_dict()))
 
     def _add_event(self, step: int, broken: list[ScoreLimit], action: str) -> None:
@@ -209,13 +235,7 @@ class Validation:
             self.searcher.allowed_keep = schedule.allowed_keep
 
 
-def _is_better(candidate: Mapping[str, float], best: Mapping[str, float]) -> bool:
+def _is_better(candidate: JsonObject, best: JsonObject) -> bool:
     """Smaller, or as small with a lower loss on valid; shares of one plan differ by rounding only."""
-    if not best or candidate["kept"] < best["kept"] - 1e-6:
-        return True
-    return candidate["kept"] <= best["kept"] + 1e-6 and candidate["valid.nll"] < best["valid.nll"]
-
-
-def perplexity(nll: float) -> float:
-    """exp(nll), infinite if it would overflow."""
-    return math.exp(nll) if nll < 700 else math.inf
+    larger, nll = candidate["kept"] - best["kept"], "valid.nll"
+    return bool(larger < -1e-6 or (larger <= 1e-6 and candidate["scores"][nll] < best["scores"][nll]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.utils.failures import is_disk_full, is_permission_denied
@@ -100,6 +102,11 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 digest, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, by which a file that holds both is known to be what was written."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def require_disk_space(folder: Path, needed_bytes: int) -> None:

@@ -1,0 +1,71 @@
+"""Paths that a recipe names start from the recipe's folder; those of the command line from the working folder."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunetune.config.fields import fields_by_path
+
+log = logging.getLogger(__name__)
+WEIGHT = re.compile(r"\*[-+.\de]+$")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?([:@#][\w./-]+)*")
+
+
+def start_from_recipe(cls: type[Any], values: Mapping[str, Any], recipe: Path, *, has_root: bool) -> dict[str, Any]:
+    """The options of a recipe with its relative paths as the working folder sees them.
+
+    Where there `has_root` (data.root), sources start from that.
+
+    For one version a file that is only in the working folder is taken from there, with a warning. The config.yaml of a
+    run folder names paths as the run saw them: it is unchanged, and so is what is read from a pipe.
+    """
+    folder, result = recipe.parent, dict(values)
+    is_saved = recipe.name == "config.yaml" and (folder / "manifest.json").exists()
+    if is_saved or not recipe.is_file() or folder.resolve() == Path.cwd():
+        return result
+    for option, item in fields_by_path(cls).items():
+        *sections, name = option.split(".")
+        if not item.metadata["is_path"] or (has_root and option.startswith("data.") and option != "data.root"):
+            continue
+        section = result
+        for key in sections:
+            inner = section.get(key)
+            if not isinstance(inner, Mapping):  # absent, or an error of the user's that is said later
+                section = {}
+                break
+            section[key] = section = dict(inner)
+        if name in section:
+            section[name] = _rebased(section[name], folder, option)
+    return result
+
+
+def _rebased(value: Any, folder: Path, option: str) -> Any:
+    if isinstance(value, list):
+        return [_rebased(entry, folder, option) for entry in value]
+    if isinstance(value, Mapping) and "source" in value:
+        return {**value, "source": _rebased(value["source"], folder, option)}
+    path = WEIGHT.sub("", value.strip()) if isinstance(value, str) else ""
+    if path in ("", "demo") or path.startswith(("/", "~")):
+        return value
+    start = glob.escape(str(folder)) if glob.has_magic(path) else str(folder)
+    if _exists(os.path.join(start, path)):
+        return os.path.join(start, value.strip())
+    if _exists(path):
+        log.warning(
+            "%s: %s was found in the working folder, not in the recipe's: the next version looks in %s only",
+            option, path, folder,
+        )  # fmt: skip
+        return value
+    ending = os.path.splitext(re.split("[:@#]", path)[0])[1]
+    may_be_hub_name = HUB_NAME.fullmatch(path) and not ending[1:].isalpha()
+    return value if may_be_hub_name else os.path.join(start, value.strip())
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path) or any(glob.iglob(path, recursive=True))

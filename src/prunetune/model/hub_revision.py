@@ -1,0 +1,35 @@
+"""Hub models at a revision, owner/name@revision: fetched into the hub's cache, and opened as a folder."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from prunetune.utils.failures import reading_model_files
+
+NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)")
+# What is read of a model; not weights in other formats, nor copies of them in subfolders.
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICENSE*")
+
+
+def split_revision(name: str) -> tuple[str, str]:
+    """(hub name, revision) of owner/name@revision; the revision is empty where none is named."""
+    match = NAME.fullmatch(name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+@cache
+def fetch_revision(name: str) -> Path:
+    """The folder of a hub model at a branch, tag or commit; raises `ModelError` where the hub does not give it.
+
+    What is in the cache is not fetched again; without a network, the cache alone is asked.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, revision = split_revision(name)
+    next_step = f"correct name and revision, or fetch it first: hf download {repository} --revision {revision}"
+    with reading_model_files(f"model {name}: not to be had from the hub", next_step):
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+        )

@@ -1,0 +1,83 @@
+"""Ways to say what `prunetune run` does: a recipe, flags alone, or the folder of a run that is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prunetune.pipeline.run
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.runs.folder import RunFolder, create_run_folder
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunConfig, bool]]:
+    """The config of every run that the command line begins, and whether it is resumed; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[tuple[RunConfig, bool]] = []
+
+    def run(config: RunConfig, *, resume: bool, **_: Any) -> Path:
+        calls.append((config, resume))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prunetune.pipeline.run, "run", run)
+    return calls
+
+
+def begun(folder: str, **values: Any) -> RunConfig:
+    config = from_mapping({"out": folder, "model": "m", "data": {"train": "rows.jsonl"}, **values})
+    create_run_folder(RunFolder(Path(folder)), config)
+    return config
+
+
+def test_run_needs_no_recipe(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:
+    say("run", "--model", "m", "--data.train", "rows.jsonl", "--keep", "0.8,0.6")
+    expected = from_mapping({"model": "m", "data": {"train": "rows.jsonl"}, "budget": {"keep": [0.8, 0.6]}})
+    assert asked == [(expected, False)]
+
+
+def test_run_without_recipe_and_rows_is_refused(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:
+    for flags in ((), ("--model", "m"), ("--resume",), ("--dry-run",)):
+        code, out, error = say("run", *flags)
+        assert (code, out, error.count("\n"), "--data.train" in error, asked) == (2, "", 1, True, [])
+
+
+@pytest.mark.parametrize("words", [("--resume", "runs/x"), ("runs/x", "--resume"), ("--resume", "--out", "runs/x")])
+def test_resume_needs_nothing_but_the_folder(
+    words: tuple[str, ...], say: Said, asked: list[tuple[RunConfig, bool]]
+) -> None:
+    begun("runs/x", budget={"keep": [0.8, 0.6]}, train={"steps": 9, "learning_rate": "auto"}, seed=3)
+    config = begun("runs/x", budget={"keep": [0.8, 0.6]}, train={"steps": 9, "learning_rate": "auto"}, seed=3)
+    say("run", *words)
+    say("run", *words, "--report_to", "wandb")
+    assert asked == [(config, True), (replace(config, report_to=("wandb",)), True)]
+
+
+def test_resumed_folder_that_was_moved_is_the_one_that_is_named(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:
+    config = begun("runs/x")
+    Path("runs/x").rename("runs/y")
+    say("run", "--resume", "runs/y")
+    assert asked == [(replace(config, out="runs/y"), True)]
+
+
+def test_resume_by_recipe_and_by_flags_still_works(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:
+    config = begun("runs/x")
+    Path("recipe.yaml").write_text("model: m\ndata: {train: rows.jsonl}\nout: runs/x\n")
+    say("run", "recipe.yaml", "--resume")
+    say("run", "--model", "m", "--data.train", "rows.jsonl", "--out", "runs/x", "--resume")
+    say("run", "--model", "m", "--data.train", "rows.jsonl", "--out", "runs/new", "--resume")
+    assert asked == [(config, True), (config, True), (replace(config, out="runs/new"), True)]
+
+
+def test_folder_without_resume_or_without_a_run_is_refused(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:
+    begun("runs/x")
+    for words, hint in ((("run", "runs/x"), "--resume"), (("run", "--resume", "runs"), "no run folder")):
+        code, _, error = say(*words)
+        assert (code, error.count("\n"), hint in error) == (2, 1, True), error
+    assert not asked
