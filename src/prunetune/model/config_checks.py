@@ -51,12 +51,7 @@ def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) 
 
 
 def raise_if_unprunable(name: str, values: Mapping[str, Any]) -> None:
-    """Raises `ModelError` for checkpoints that may open, and that no plan can cut: of mixed widths, or quantised."""
-    if "per_layer_config" in values:
-        raise ModelError(
-            f"model {name}: a result of layout per-layer cannot be pruned again: name the dense model that it was cut "
-            "from, or prune a result of --layout uniform"
-        )
+    """Raises `ModelError` for checkpoints that may open, and that no plan can cut: quantised ones."""
     inner = values.get("text_config")
     for part in (values, inner if isinstance(inner, Mapping) else {}):
         if stored := part.get("quantization_config") or part.get("compression_config"):
