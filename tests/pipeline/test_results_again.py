@@ -12,16 +12,22 @@ import torch
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.config.recipe import from_mapping
 from prunetune.errors import ConfigError
-from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export import selfcheck
+from prunetune.export.checkpoint import WrittenCheckpoint, write_checkpoint
 from prunetune.export.formats import ExportOptions, export_run
+from prunetune.export.gguf import llamacpp
 from prunetune.export.selfcheck import compute_logits
-from prunetune.model.loading import load_meta_model, load_model_and_tokenizer
+from prunetune.export.source import ExportSource
+from prunetune.model.history import PruningRun
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.run import run
 from prunetune.pruning.remaining_sites import plan_within
+from prunetune.pruning.units import dense_plan
 from prunetune.utils.console import SilentConsole
 from support.data import subwords
-from support.evaluation import write_model_and_rows
+from support.evaluation import characters, speaker, write_model_and_rows
+from support.export import plan_of, reference_here
 from support.models import kinds_of, random_plan, relative, tiny, tokens
 
 ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -87,28 +93,50 @@ def recipe(folder: Path, model: Path, out: str, **changes: Any) -> Any:
     return from_mapping(values | changes)
 
 
+def uniform_plan(model: Any) -> Plan:
+    """One KV group less, and 64 channels."""
+    return plan_of(model, find_sites(model)[0].units - 1, 64)
+
+
+@pytest.fixture
+def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks in this process, as fresh ones take seconds to start."""
+
+    def reopen_here(written: WrittenCheckpoint, tokens: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        model = load_model_and_tokenizer(str(written.folder), **ON_CPU).model
+        return {"logits": compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
+
+    monkeypatch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)
+    monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
+
+
+@pytest.mark.usefixtures("checks_here")
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 def test_result_is_pruned_again_and_its_card_tells_both_runs(layout: str, tmp_path: Path) -> None:
-    folder = write_model_and_rows(tmp_path, 12)
-    run(recipe(folder, folder / "dense", "first", layout=layout))
-    first, second = tmp_path / "first" / "model", tmp_path / "second" / "model"
+    folder = write_model_and_rows(tmp_path, 8)
+    speaker(vocab_size=320).save_pretrained(folder / "dense")
+    subwords().save_pretrained(folder / "dense")
+    model = load_model_and_tokenizer(str(folder / "dense"), **ON_CPU).model
+    sites, plan = find_sites(model), uniform_plan(model) if layout == "uniform" else random_plan(model, keep=0.8)
+    first, second = tmp_path / "first", tmp_path / "second" / "model"
+    cut(model, plan)
+    history = [PruningRun(str(folder / "dense"), layout, 0.8, model.num_parameters(), 2)]
+    write_checkpoint(model, subwords(), plan, sites, first, layout=layout, card="", history=history)
     run(recipe(folder, first, "second", layout=layout, budget={"keep": 0.75, "align": 8}))
     models = [load_model_and_tokenizer(str(model), **ON_CPU).model for model in (folder / "dense", first, second)]
     sizes = [sum(weight.numel() for weight in model.parameters()) for model in models]
     assert sizes[0] > sizes[1] > sizes[2]
-    history = json.loads((second / "history.json").read_text())
-    assert [(entry["model"], entry["params"]) for entry in history] == [
+    told = json.loads((second / "history.json").read_text())
+    assert [(entry["model"], entry["params"]) for entry in told] == [
         (str(folder / "dense"), sizes[1]),
         (str(first), sizes[2]),
     ]
     card = (second / "README.md").read_text()
     assert "## History" in card
-    assert "## History" not in (first / "README.md").read_text()
-    for entry in history:
+    for entry in told:
         assert f"{100 * entry['kept']:.1f}% of the prunable parameters kept in 2 steps" in card
     expected = compute_logits(models[2], tokens())
-    targets = ("per-layer", "onnx", "gguf", "uniform") if layout == "per-layer" else ("uniform", "onnx", "gguf")
-    for to in targets:
+    for to in ("per-layer", "uniform", "gguf", "onnx") if layout == "per-layer" else ("gguf",):
         pad = to == "uniform" and layout == "per-layer"
         result = export_run(tmp_path / "second", to=to, options=ExportOptions(pad=pad))
         assert result.checks[0].ran, result
@@ -117,3 +145,31 @@ def test_result_is_pruned_again_and_its_card_tells_both_runs(layout: str, tmp_pa
             assert relative(compute_logits(exported, tokens()), expected) <= 1e-5
         if to in ("uniform", "per-layer"):
             assert "## History" in (result.path / "README.md").read_text()
+
+
+def test_layout_uniform_of_a_result_whose_layers_differ_is_refused(tmp_path: Path) -> None:
+    folder, model = write_model_and_rows(tmp_path, 12), speaker()
+    sites, plan = find_sites(model), random_plan(model)
+    write_checkpoint(cut(model, plan), characters(), plan, sites, tmp_path / "first", layout="per-layer", card="")
+    with pytest.raises(ConfigError, match="layout uniform needs equal layers, .*: set layout per-layer"):
+        prepare(recipe(folder, tmp_path / "first", "run", layout="uniform"), resume=False, console=SilentConsole())
+
+
+def test_removed_layers_and_blocks_stay_removed(tmp_path: Path) -> None:
+    """A layer without any site of the kinds that the second run prunes keeps its place."""
+    model = tiny(layers=4)
+    units = ("layers", "kv-groups", "mlp-channels")
+    sites = find_sites(model, units)
+    kept = dense_plan(sites).kept | {"model.layers.2.self_attn": ()}
+    plan = Plan(kept | {site.name: () for site in sites if site.layer == 1}, dense_plan(sites).units)
+    write_checkpoint(cut(model, plan), subwords(), plan, sites, tmp_path / "first", layout="per-layer", card="")
+    again = load_model_and_tokenizer(str(tmp_path / "first"), **ON_CPU).model
+    left = find_sites(again, ("kv-groups",))
+    assert {site.layer for site in left} == {0, 2}
+    second = Plan({site.name: (0,) for site in left}, {site.name: site.units for site in left})
+    with masked(again, second, sites=left):
+        expected = compute_logits(again, tokens())
+    write_checkpoint(cut(again, second), subwords(), second, left, tmp_path / "second", layout="per-layer", card="")
+    reopened = load_model_and_tokenizer(str(tmp_path / "second"), **ON_CPU).model
+    assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
+    assert ExportSource.open(tmp_path / "second").layer_widths[1].kv_heads == 0
