@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from prunetune import cut, find_sites
 from prunetune.errors import ModelError
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.selfcheck import compute_logits
 from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
@@ -27,7 +30,8 @@ from prunetune.model.loading import (
     resolve_model_path,
     weight_files,
 )
-from support.evaluation import characters
+from support.evaluation import characters, speaker
+from support.models import random_plan, tokens
 from support.suites import model_folder
 
 ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -104,20 +108,45 @@ def test_broken_tokenizer_is_refused_in_one_line(changes: dict[str, Any], tmp_pa
         load_tokenizer(str(folder))
 
 
-def test_pickle_that_pytorch_refuses_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    torch.save({"weight": tmp_path}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"^model \S*: cannot be loaded: [^\n]*$"):
-        load_model_and_tokenizer(str(folder), **ON_CPU)
+    torch.save({"weight": torch.zeros(2)}, folder / "pytorch_model.bin")
+    for opens in (load_meta_model, lambda name: load_model_and_tokenizer(name, **ON_CPU)):
+        with pytest.raises(ModelError, match=r"are pickles \(pytorch_model\.bin\), .*\.save_pretrained\(FOLDER\)$"):
+            opens(str(folder))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "bitsandbytes", ""])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [128, 300])
+def test_sharded_checkpoint_of_16_bits_with_another_vocabulary_than_its_tokenizer_round_trips(
+    rows: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """An embedding padded beyond the tokenizer's tokens, and one cut to fewer."""
+    model = speaker()
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.to(dtype).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    characters().save_pretrained(tmp_path / "model")
+    assert len(weight_files(str(tmp_path / "model"))) > 1
+    sites = find_sites(load_meta_model(str(tmp_path / "model")))
+    opened = load_model_and_tokenizer(str(tmp_path / "model"), **ON_CPU)
+    assert opened.checkpoint_dtype == dtype
+    plan = random_plan(opened.model)
+    expected = compute_logits(cut(opened.model, plan, sites=sites), tokens(length=6))
+    assert expected.shape[-1] == rows
+    smaller = opened.model.to(dtype)
+    write_checkpoint(smaller, opened.tokenizer, plan, sites, tmp_path / "result", layout="per-layer", card="")
+    again = load_model_and_tokenizer(str(tmp_path / "result"), **ON_CPU)
+    assert again.checkpoint_dtype == dtype
+    torch.testing.assert_close(compute_logits(again.model, tokens(length=6)), expected)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", ""])
 def test_quantised_checkpoint_is_refused_before_it_is_opened(method: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     quantised = {"quant_method": method} if method else {"load_in_4bit": True}
-    for changes in ({"quantization_config": quantised}, {"text_config": {"quantization_config": quantised}}):
+    for changes in ({"quantization_config": quantised}, {"compression_config": quantised}, {"text_config": {"quantization_config": quantised}}):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=f"quantised by {method or 'bitsandbytes'} .*: name the unquantised model"):
             load_meta_model(str(folder))
@@ -132,20 +161,57 @@ def test_quantised_weights_without_a_word_in_the_configuration_are_refused(tmp_p
         load_meta_model(spoiled(tmp_path / "model", quantise))
 
 
-def test_dequantised_checkpoint_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
-    """transformers dequantises FP8 to bfloat16, where no GPU multiplies it; mixed dtypes fail at the first pass."""
-    folder = model_folder(tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=16)
-    tensors = load_file(folder / "model.safetensors")
+def write_fp8(folder: Path) -> dict[str, torch.Tensor]:
+    """Quantise a checkpoint in blocks of 32 by 32; returns what the weights are when dequantised."""
+    tensors = load_file(model_folder(folder, hidden_size=64, intermediate_size=64, head_dim=16) / "model.safetensors")
+    exact: dict[str, torch.Tensor] = {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        blocks = torch.Size(size // 32 for size in tensors[name].shape)
-        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(blocks)}
+        scales = torch.rand([size // 32 for size in tensors[name].shape], generator=torch.Generator().manual_seed(0))
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+        exact[name] = tensors[name].float() * scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     fp8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
-    model = load_model_and_tokenizer(str(folder), **ON_CPU).model
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+    return exact
+
+
+def write_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Experts of 4-bit numbers with one scale for 32 of them; every number is 1.0, code 2, times its scale, 2**-3."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    tensors = load_file(model_folder(folder, family="gpt_oss", **sizes) / "model.safetensors")
+    exact: dict[str, torch.Tensor] = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors[name].shape
+        exact[name] = torch.full(tensors.pop(name).shape, 2.0**-3)
+        tensors[f"{name}_blocks"] = torch.full((experts, rows, columns // 32, 16), 0x22, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full((experts, rows, columns // 32), 127 - 3, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return exact
+
+
+@pytest.mark.parametrize("write", [write_fp8, write_mxfp4])
+def test_quantised_checkpoint_that_transformers_dequantises_opens_as_a_plain_one(
+    write: Callable[[Path], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """In the dtype that is asked for, whatever transformers dequantises to; its result is written unquantised."""
+    exact = write(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    sites = find_sites(load_meta_model(folder))
+    loaded = load_model_and_tokenizer(folder, **ON_CPU, dequantize=True)
+    assert loaded.checkpoint_dtype == torch.bfloat16
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    for name, weight in exact.items():
+        torch.testing.assert_close(loaded.model.get_parameter(name).data, weight, rtol=1e-2, atol=1e-3)
+    assert not open_safetensors(folder).files
+    plan = random_plan(loaded.model)
+    expected = compute_logits(cut(loaded.model, plan, sites=sites), tokens())
+    write_checkpoint(loaded.model, loaded.tokenizer, plan, sites, tmp_path / "result", layout="per-layer", card="")
+    assert "quantization_config" not in json.loads((tmp_path / "result" / "config.json").read_text())
+    again = load_model_and_tokenizer(str(tmp_path / "result"), **ON_CPU).model
+    torch.testing.assert_close(compute_logits(again, tokens()), expected)
 
 
 TEXT = {
@@ -205,19 +271,9 @@ def test_other_kinds_of_models_are_refused_with_what_they_are(tmp_path: Path) ->
 
 
 def test_folders_that_hold_no_model_say_what_they_hold(tmp_path: Path) -> None:
-    adapter = model_folder(tmp_path / "adapter")
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
     (tmp_path / "run" / "model").mkdir(parents=True)
-    layered = model_folder(tmp_path / "layered")
-    config = json.loads((layered / "config.json").read_text())
-    (layered / "config.json").write_text(json.dumps(config | {"model_type": "pruned_llama", "per_layer_config": {}}))
-    for name, message in (
-        ("adapter", r"an adapter of owner/base \(adapter_config\.json\): merge it first"),
-        ("run", r"the folder is a run; name its model, \S*run/model"),
-        ("layered", "a result of layout per-layer cannot be pruned again: name the dense model"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            load_meta_model(str(tmp_path / name))
+    with pytest.raises(ModelError, match=r"the folder is a run; name its model, \S*run/model"):
+        load_meta_model(str(tmp_path / "run"))
 
 
 def test_left_over_weight_files_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

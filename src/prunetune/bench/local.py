@@ -157,8 +157,7 @@ def weight_bytes(source: str) -> int:
     path = Path(source)
     if path.is_file():
         return path.stat().st_size
-    files = weight_files(source) or (list(path.glob("pytorch_model*.bin")) if path.is_dir() else [])
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in weight_files(source))
 
 
 def decode_bytes(model: Any, cache: Any) -> float | None:

@@ -118,9 +118,9 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
         layers[index] = LayerShape(
             sites=tuple(layer_sites),
             linears=tuple(_linear_shapes(model, prefix, layer_sites)),
-            kv_heads=architecture.heads.kv_heads,
-            queries_per_kv_head=architecture.heads.queries_per_kv_head,
-            head_dim=architecture.heads.head_dim,
+            kv_heads=architecture.layer_heads[index].kv_heads,
+            queries_per_kv_head=architecture.layer_heads[index].queries_per_kv_head,
+            head_dim=architecture.layer_heads[index].head_dim,
             sliding_window=windows[index],
             other_attention_params=_other_attention_params(model, layer_sites),
             enclosing_sites=tuple(site.name for site in layer_sites if site.kind.removes_attention),

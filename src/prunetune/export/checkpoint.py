@@ -12,6 +12,7 @@ from typing import Any
 from prunetune.errors import ModelError
 from prunetune.export.stock_config import explain_family_change, shrink_config
 from prunetune.model.checksums import write_checksums
+from prunetune.model.history import HISTORY_FILE, PruningRun, format_history
 from prunetune.model.per_layer_code import build_meta_model, write_code
 from prunetune.model.per_layer_config import PerLayerNames, per_layer_overrides
 from prunetune.plan import Plan
@@ -43,13 +44,15 @@ def write_checkpoint(
     card: str,
     shards: Path | None = None,
     end_token: int | None = None,
+    history: Sequence[PruningRun] = (),
 ) -> WrittenCheckpoint:
     """Write `model`, already cut by `plan`, completely or not at all. Tensors keep their dtype.
 
     `end_token`: a token that ends an answer, added to those of the model's generation settings.
+    `history`: the runs that pruned the model, this one last.
     `shards`: a folder of finished weight files, which are moved into the checkpoint; `model` then has no weights.
     """
-    layout = effective_layout(layout, sites)
+    layout = "per-layer" if model.config.is_heterogeneous else effective_layout(layout, sites)
     config = uniform_config_from_plan(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with atomic_folder(folder) as partial:
         if layout == "uniform":
@@ -71,6 +74,8 @@ def write_checkpoint(
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        if history:
+            (partial / HISTORY_FILE).write_text(format_history(history), encoding="utf-8")
         write_checksums(partial)
     files = list(folder.rglob("*.safetensors"))
     return WrittenCheckpoint(

@@ -12,6 +12,7 @@ import yaml
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
+from prunetune.model.history import PruningRun
 from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, UnitKind, effective_layout, kept_params
@@ -50,6 +51,7 @@ class Provenance:
     licence: LicenseInfo = UNKNOWN_LICENSE
     scores: Sequence[ScoreRow] = ()
     recipe_sha256: str = ""  # of the run's config.yaml
+    history: Sequence[PruningRun] = ()  # the runs that pruned the model, this one last
 
 
 def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
@@ -58,13 +60,31 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         _front_matter(provenance),
         f"# {markdown_text(provenance.config.model)}, tuned and pruned",
         _summary(provenance, plan, sites),
-        _usage_section(effective_layout(provenance.config.layout, sites)),
+        _usage_section(_written_layout(provenance, sites)),
+        _history_section(provenance.history),
         _size_section(provenance.manifest),
         _score_section(provenance.scores, provenance.manifest),
         _provenance_section(provenance),
         _licence_section(provenance.licence),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _written_layout(provenance: Provenance, sites: Sequence[Site]) -> str:
+    """The layout of the folder: of a model whose layers differ already, per-layer."""
+    before = provenance.history[:-1]
+    return "per-layer" if before and before[-1].layout == "per-layer" else effective_layout(provenance.config.layout, sites)
+
+
+def _history_section(history: Sequence[PruningRun]) -> str:
+    """One line for each run, where there was more than one."""
+    lines = [
+        f"{number}. {markdown_code(run.model)}: {100 * run.kept:.1f}% of the prunable parameters kept in {run.steps} "
+        f"steps, layout {markdown_text(run.layout)}: {run.params / 1e6:,.1f} M parameters"
+        + (f" (recipe SHA-256 {markdown_code(run.recipe_sha256)})" if run.recipe_sha256 else "")
+        for number, run in enumerate(history, start=1)
+    ]
+    return "\n".join(["## History", "", "Pruned by these runs, one after the other:", "", *lines]) if lines[1:] else ""
 
 
 def format_export_card(card: str, layout: str, description: str) -> str:
@@ -78,9 +98,10 @@ def format_export_card(card: str, layout: str, description: str) -> str:
 def _front_matter(provenance: Provenance) -> str:
     """The YAML block that the Hugging Face Hub reads."""
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    model, licence = provenance.config.model, provenance.licence
-    if model.partition("@")[0].count("/") == 1 and model[0] not in "./~":
-        values["base_model"] = model.partition("@")[0]
+    model, licence = [*(run.model for run in provenance.history), provenance.config.model][0], provenance.licence
+    model = model.partition("@")[0]  # without a revision
+    if model.count("/") == 1 and model[0] not in "./~":
+        values["base_model"] = model
     if licence.id:
         fields = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
         values |= {key: value for key, value in fields.items() if value}

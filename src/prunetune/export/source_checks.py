@@ -48,13 +48,15 @@ def _check_widths(source: ExportSource) -> None:
     plan_widths = source.plan.widths() if source.plan else {}
     if any(":" in name for name in plan_widths):  # of blocks, layers or experts, which `source.sites` does not have
         plan_widths = {}
+    is_planned = {site.name for site in source.sites}
     for site in source.sites:
         layer = source.layer_widths[site.layer]
         if site.kind is UnitKind.KV_GROUP:
             units, columns = layer.kv_heads, layer.query_heads * heads.head_dim
         else:
             units = columns = layer.mlp_channels
-        if plan_widths and plan_widths.get(site.name) != units:
+        # A run that prunes other kinds, or a model that has lost this block before, has no such site.
+        if plan_widths.get(site.name, units) != units or plan_widths and not is_planned.intersection(plan_widths):
             raise PlanError(
                 f"{source.folder}/plan.json keeps {plan_widths.get(site.name, 'no')} units at {site.name} and "
                 f"config.json says {units}: the plan is of another model; put back the plan.json of this one"

@@ -50,17 +50,16 @@ def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) 
     )
 
 
+DEQUANTIZED = ("fp8", "mxfp4")  # methods whose weights transformers dequantises anywhere, without another package
+
+
 def raise_if_unprunable(name: str, values: Mapping[str, Any]) -> None:
-    """Raises `ModelError` for checkpoints that may open, and that no plan can cut: of mixed widths, or quantised."""
-    if "per_layer_config" in values:
-        raise ModelError(
-            f"model {name}: a result of layout per-layer cannot be pruned again: name the dense model that it was cut "
-            "from, or prune a result of --layout uniform"
-        )
+    """Raises `ModelError` for checkpoints that may open, and that no plan can cut: quantised ones."""
     inner = values.get("text_config")
     for part in (values, inner if isinstance(inner, Mapping) else {}):
-        if stored := part.get("quantization_config") or part.get("compression_config"):
-            method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        stored = part.get("quantization_config") or part.get("compression_config")
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        if stored and (part is not values or method not in DEQUANTIZED):
             raise quantised_error(name, f"by {method or 'bitsandbytes'} (quantization_config in config.json)")
 
 

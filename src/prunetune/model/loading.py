@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,8 @@ def gguf_file(name: str) -> Path | None:
 def resolve_model_path(name: str) -> str:
     """The folder or hub name to give to `from_pretrained`; raises `ModelError` for a path without a model.
 
-    A .gguf file is dequantised once into a folder of the cache. A per-layer folder opens by this package's own classes.
+    A .gguf file is dequantised, and an adapter merged into its base, once, into a folder of the cache. A per-layer
+    folder opens by this package's own classes.
     """
     file = gguf_file(name)
     if file is not None:
@@ -66,6 +68,10 @@ def resolve_model_path(name: str) -> str:
         return str(dequantize_gguf(file))
     path = expand_path(name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():  # which transformers would open as its base
+            from prunetune.model.adapter_folder import merge_adapter_folder
+
+            return str(merge_adapter_folder(name, path))
         _raise_if_no_model_folder(name, path)
         register_folder(path)
         return str(path)
@@ -87,14 +93,7 @@ def resolve_model_path(name: str) -> str:
 
 
 def _raise_if_no_model_folder(name: str, path: Path) -> None:
-    """Refuse an adapter, which transformers would open as its base, and folders without a configuration."""
-    if (path / "adapter_config.json").is_file():
-        with reading_model_files(f"model {name}: adapter_config.json", "save the adapter again"):
-            base = parse_json((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-        raise ModelError(
-            f"model {name}: the folder holds an adapter of {base or 'another model'} (adapter_config.json): merge it "
-            f"first: AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)"
-        )
+    """Refuse folders without a configuration."""
     if not (path / "config.json").is_file():
         runs = [folder for folder in (path / "model", *sorted(path.glob("sizes/*/model"))) if folder.is_dir()]
         holds = f"the folder is a run; name its model, {runs[0]}" if runs else "the folder has no config.json"
@@ -164,24 +163,40 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def load_model_and_tokenizer(
-    name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> LoadedModel:
-    """Load a model, frozen and in eval mode, and its tokenizer; raises `ModelError` for files that cannot be used."""
+    """Load a model, frozen and in eval mode, and its tokenizer; raises `ModelError` for files that cannot be used.
+
+    `dequantize`: FP8 and MXFP4 weights become plain ones, also on a GPU that multiplies them as they are.
+    """
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
     verify_checksums(Path(path))
     config = load_config(name, trust_remote_code=trust_remote_code)
+    if dequantize:
+        _ask_to_dequantize(config)
+    was_quantised = hasattr(config, "quantization_config")
     checked = _read_headers(name, config, trust_remote_code=trust_remote_code)
     with reading_model_files(f"model {name}: cannot be loaded", "check the files, or fetch them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     _raise_if_weights_are_missing(name, info)
     if getattr(model.config, "tie_word_embeddings", False):
         model.config.tie_word_embeddings = checked.config.tie_word_embeddings
     model.to(device).eval().requires_grad_(False)
-    is_dequantised = hasattr(config, "quantization_config") and not getattr(model, "is_quantized", False)
+    is_dequantised = was_quantised and not getattr(model, "is_quantized", False)
     for weight_name, weight in model.named_parameters():
         if is_dequantised and weight.is_floating_point():  # to bfloat16, whatever dtype is asked for
             weight.data = weight.data.to(dtype)
@@ -199,9 +214,16 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
     raise_if_unprunable(name, _config_values(name))
     config = load_config(name, trust_remote_code=trust_remote_code)
     raise_if_multimodal(name, config)
+    _ask_to_dequantize(config)
     if (files := weight_files(name)) and (unread := set(files[0].parent.glob("*.safetensors")) - set(files)):
         log.warning("%s: not read, nor by transformers: %s", name, ", ".join(sorted(file.name for file in unread)))
     return _read_headers(name, config, trust_remote_code=trust_remote_code)
+
+
+def _ask_to_dequantize(config: Any) -> None:
+    """Let transformers dequantise the weights on loading, where they are quantised."""
+    if stored := getattr(config, "quantization_config", None):
+        config.quantization_config = dict(stored) | {"dequantize": True}
 
 
 def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -229,6 +251,11 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     for file in weight_files(name):
         with reading_model_files(f"model {name}: {file.name} cannot be read", "fetch it again"):
             stored_dtypes |= dict(_stored_dtypes(file))
+    if not stored_dtypes and (pickles := sorted(Path(resolve_model_path(name)).glob("*.bin"))):
+        raise ModelError(
+            f"model {name}: its weights are pickles ({pickles[0].name}), and only .safetensors are read: convert them "
+            f"where you trust them: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)"
+        )
     with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
         if not stored_dtypes:
             with torch.device("meta"):
@@ -236,9 +263,11 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
         with quiet_transformers():  # what does not fit is refused here, in one line
             model, info = AutoModelForCausalLM.from_pretrained(
                 resolve_model_path(name),
+                config=copy.deepcopy(config),
                 dtype="auto",
                 device_map="meta",
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -319,6 +348,8 @@ def weight_files(name: str) -> list[Path]:
 def open_safetensors(name: str, *, trust_remote_code: bool = False) -> SafetensorsReader:
     """The tensors of a model's files; none where its weights are no readable .safetensors files."""
     verify_checksums(Path(resolve_model_path(name)))
+    if "quantization_config" in _config_values(name):  # what is stored is not what is loaded
+        return SafetensorsReader({}, torch.float32)
     try:
         dtype = checkpoint_dtype(name, trust_remote_code=trust_remote_code)
         return SafetensorsReader.from_files(weight_files(name), dtype)

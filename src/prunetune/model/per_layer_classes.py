@@ -15,9 +15,8 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.model.per_layer_code import generate_code
-from prunetune.model.per_layer_config import MODEL_TYPE_PREFIX
 from prunetune.model.per_layer_templates import CONFIGURATION_TEMPLATE
-from prunetune.pruning.families import FAMILIES
+from prunetune.pruning.families import FAMILIES, MODEL_TYPE_PREFIX
 from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)

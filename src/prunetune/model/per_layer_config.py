@@ -13,11 +13,16 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
-from prunetune.pruning.families import architecture_info, get_family, head_counts, num_experts_key
+from prunetune.pruning.families import (
+    MODEL_TYPE_PREFIX,
+    architecture_info,
+    get_family,
+    head_counts,
+    num_experts_key,
+)
 from prunetune.pruning.units import Site, UnitKind, surviving_layers
 from prunetune.utils.failures import reading_model_files
 
-MODEL_TYPE_PREFIX = "pruned_"  # of a model_type
 # Keys that the stock class does not have: the per-layer schema, and rotary keys that only older releases read.
 NON_STOCK_KEYS = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
 
@@ -50,20 +55,17 @@ class PerLayerNames:
 
     @classmethod
     def from_model(cls, model: Any) -> PerLayerNames:
-        """The names for a stock transformers model; raises `ModelError` for a class of another package."""
-        causal, base_attribute = type(model), model.base_model_prefix
-        if not causal.__module__.startswith("transformers.models."):
-            raise ModelError(
-                f"{causal.__name__} is not a class of transformers: per-layer code can subclass only those"
-            )
+        """The names for a transformers model or a per-layer one; raises `ModelError` for a class of another package."""
+        base_attribute = model.base_model_prefix
+        causal, base, config = map(_stock_class, (model, getattr(model, base_attribute), model.config))
         first_layer = architecture_info(model).layer_prefixes[0]
         return cls(
-            config=type(model.config).__name__,
-            base=type(getattr(model, base_attribute)).__name__,
+            config=config.__name__,
+            base=base.__name__,
             causal=causal.__name__,
             base_attribute=base_attribute,
             layers_path=first_layer.removeprefix(f"{base_attribute}.").rpartition(".")[0],
-            model_type=MODEL_TYPE_PREFIX + model.config.model_type,
+            model_type=MODEL_TYPE_PREFIX + config.model_type,
         )
 
     @property
@@ -82,6 +84,15 @@ class PerLayerNames:
                 "AutoModelForCausalLM": f"modeling_pruned.{self.model_class}",
             },
         }
+
+
+def _stock_class(value: Any) -> Any:
+    """The class of transformers that a value is of, itself or through a per-layer class of this package."""
+    own = type(value)
+    stock = own.__mro__[1] if own.__module__ == "prunetune.model.per_layer_classes" else own
+    if not stock.__module__.startswith("transformers.models."):
+        raise ModelError(f"{own.__name__} is not a class of transformers: per-layer code can subclass only those")
+    return stock
 
 
 # Kind of a site that keeps no unit -> the block that `skip` names.
@@ -103,15 +114,21 @@ def width_option_names(config: Any) -> dict[str, str]:
 
 def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[str, Any]:
     """`per_layer_config` for config.json, whose other values remain the dense model's; every layer has an entry."""
-    heads, options = head_counts(config), width_option_names(config)
-    new_index = {layer: index for index, layer in enumerate(surviving_layers(plan, sites))}
-    layers: dict[str, dict[str, Any]] = {f"{index:02d}": {} for index in new_index.values()}
+    options = width_option_names(config)
+    has_layer_sites = any(site.kind is UnitKind.LAYER for site in sites)
+    kept_layers = surviving_layers(plan, sites) if has_layer_sites else range(config.num_hidden_layers)
+    new_index = {layer: index for index, layer in enumerate(kept_layers)}
+    # What an earlier run made of a layer; `config` is of the cut model.
+    before = config.to_dict().get("per_layer_config", {}) if config.is_heterogeneous else {}
+    by_index = {int(index): dict(values) for index, values in before.items()}
+    layers: dict[str, dict[str, Any]] = {f"{index:02d}": by_index.get(index, {}) for index in new_index.values()}
     for site in sites:
         if site.layer not in new_index or site.kind is UnitKind.LAYER:
             continue
         layer, width = layers[f"{new_index[site.layer]:02d}"], len(plan.kept[site.name])
         if site.kind is UnitKind.KV_GROUP and width:
-            layer |= {"num_attention_heads": width * heads.queries_per_kv_head, "num_key_value_heads": width}
+            ratio = head_counts(config, new_index[site.layer]).queries_per_kv_head
+            layer |= {"num_attention_heads": width * ratio, "num_key_value_heads": width}
         elif site.kind in SKIP_NAMES:
             if not width:
                 layer.setdefault("skip", []).append(SKIP_NAMES[site.kind])
@@ -128,5 +145,5 @@ def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[
         if "skip" in layer:
             layer["skip"] = sorted(set(layer["skip"]))
     if any(site.kind.is_head for site in sites):
-        return {"per_layer_config": layers, "head_dim": heads.head_dim}
+        return {"per_layer_config": layers, "head_dim": head_counts(config).head_dim}
     return {"per_layer_config": layers}

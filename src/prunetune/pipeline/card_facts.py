@@ -8,9 +8,10 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Evaluation, headline_metric
 from prunetune.export.model_card import Provenance, ScoreRow, format_model_card
+from prunetune.model.history import PruningRun, read_history
 from prunetune.model.license import read_license
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, kept_params
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import sha256, write_text
 
@@ -19,15 +20,30 @@ MODEL_NAMES = ("dense", "tuned", "pruned")
 
 def render_card(folder: RunFolder, config: RunConfig, plan: Plan, sites: Sequence[Site]) -> str:
     """The text of the card, from what the run folder holds so far."""
-    recipe = folder.path / "config.yaml"
+    history = pruning_history(folder, config, plan, sites)
     origin = Provenance(
         config=config,
         manifest=folder.read_manifest(),
         licence=read_license(config.model),
         scores=card_scores(folder),
-        recipe_sha256=sha256(recipe) if recipe.is_file() else "",
+        recipe_sha256=history[-1].recipe_sha256,
+        history=history,
     )
     return format_model_card(origin, plan, sites)
+
+
+def pruning_history(folder: RunFolder, config: RunConfig, plan: Plan, sites: Sequence[Site]) -> tuple[PruningRun, ...]:
+    """The runs that made the model, this one last."""
+    recipe, dense_params = folder.path / "config.yaml", folder.read_manifest().model.params or 0
+    run = PruningRun(
+        model=config.model,
+        layout=config.layout,
+        kept=kept_params(sites, plan) / sum(site.params for site in sites),
+        params=dense_params - sum(site.params for site in sites) + kept_params(sites, plan),
+        steps=config.train.steps,
+        recipe_sha256=sha256(recipe) if recipe.is_file() else "",
+    )
+    return (*read_history(config.model), run)
 
 
 def rewrite_card(folder: RunFolder, config: RunConfig, sites: Sequence[Site]) -> Path:

@@ -60,6 +60,8 @@ def _raise_if_not_representable(
             f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
         )
     if config.layout == "uniform":
+        if model_config.is_heterogeneous:
+            raise ConfigError("layout uniform needs equal layers, and this model's differ: set layout per-layer")
         if UnitKind.MLP_CHANNEL in kinds:
             mlp_width_option(model_config)
         if protected and UnitKind.LAYER not in kinds:

@@ -92,8 +92,9 @@ class RunContext:
     def load_dense(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoadedModel:
         """Load the dense model again."""
         trust = self.config.trust_remote_code
+        device, dtype = device or self.device, dtype or self.dtype
         return load_model_and_tokenizer(
-            self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust
+            self.config.model, device=device, dtype=dtype, trust_remote_code=trust, dequantize=True
         )
 
     def load_for_training(self) -> Any:

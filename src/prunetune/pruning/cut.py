@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunetune.plan import Plan
 from prunetune.pruning.experts import down_proj_slice
-from prunetune.pruning.families import head_counts
+from prunetune.pruning.families import HeadCounts, head_counts
 from prunetune.pruning.linears import ROWS, get_base_linear, is_transposed, set_axis_size, stored_axis
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.nf4 import NF4Linear, has_nf4_linears
@@ -92,16 +92,15 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
             _keep_in_parameter(model, param, site, plan.kept[site.name])
     for layer in {site.layer for site in kept_sites}:
         by_kind = {site.kind: site for site in kept_sites if site.layer == layer}
-        _update_head_counts(model, by_kind, plan)
+        _update_head_counts(model, head_counts(model.config, layer), by_kind, plan)
         _update_expert_counts(model, by_kind, plan)
 
 
-def _update_head_counts(model: Any, by_kind: Mapping[UnitKind, Site], plan: Plan) -> None:
-    """Set the numbers of heads that a layer's attention module holds."""
+def _update_head_counts(model: Any, dense: HeadCounts, by_kind: Mapping[UnitKind, Site], plan: Plan) -> None:
+    """Set the numbers of heads that a layer's attention module holds, `dense` before any cut."""
     kept = {kind: len(plan.kept[site.name]) for kind, site in by_kind.items() if kind.is_head}
     if not kept:
         return
-    dense = head_counts(model.config)
     groups = kept.get(UnitKind.KV_GROUP, dense.kv_heads)
     queries = kept.get(UnitKind.QUERY_HEAD, groups * dense.queries_per_kv_head)
     attention = model.get_submodule(by_kind[next(iter(kept))].name.partition(":")[0])

@@ -113,9 +113,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+MODEL_TYPE_PREFIX = "pruned_"  # of the model_type of a result of layout per-layer
+
+
 @dataclass(frozen=True)
 class HeadCounts:
-    """The numbers of heads in every dense layer."""
+    """The numbers of heads in a layer."""
 
     query_heads: int
     kv_heads: int
@@ -123,14 +126,19 @@ class HeadCounts:
 
     @property
     def queries_per_kv_head(self) -> int:
-        return self.query_heads // self.kv_heads
+        return self.query_heads // max(1, self.kv_heads)
 
 
-def head_counts(config: Any) -> HeadCounts:
-    """Read a configuration, with the defaults of `transformers` where it says nothing."""
+def head_counts(config: Any, layer: int = 0) -> HeadCounts:
+    """Read a layer's configuration, with the defaults of `transformers` where it says nothing.
+
+    Only of a model with `per_layer_config` do layers differ, and may lack attention.
+    """
+    config = config.per_layer_config[layer]
     queries = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or queries
-    return HeadCounts(queries, groups, getattr(config, "head_dim", None) or config.hidden_size // queries)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return HeadCounts(0, 0, head_dim) if "attention" in getattr(config, "skip", ()) else HeadCounts(queries, groups, head_dim)
 
 
 def num_experts_key(config: Any) -> str:
@@ -144,7 +152,7 @@ class ArchitectureInfo:
 
     layer_prefixes: tuple[str, ...]  # "model.layers.0", ...
     layer_types: tuple[str, ...]  # of attention, by layer: "full_attention", "sliding_attention"
-    heads: HeadCounts
+    layer_heads: tuple[HeadCounts, ...]  # by layer
     attention_name: str  # the attention module inside a layer
     blocks: Mapping[UnitKind, BlockLinears]  # linears by the kind of unit they can be pruned by: KV groups, channels
     mlp: BlockLinears | None  # linears of a plain MLP, also of one between mixtures, which can only be removed whole
@@ -155,7 +163,7 @@ class ArchitectureInfo:
 
 def get_family(config: Any) -> Family:
     """The entry in `FAMILIES`; raises `UnknownArchitecture` where there is none."""
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
     if family is None:
         raise UnknownArchitecture(
             f"architecture {config.model_type!r} is not known; known are {', '.join(FAMILIES)}; "
@@ -168,7 +176,9 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
     """Read a causal language model of `transformers`; raises `UnknownArchitecture` rather than guess."""
     config = cast(Any, model).config
     family = get_family(config)
-    layer_prefixes, heads = _layer_prefixes(model), head_counts(config)
+    layer_prefixes = _layer_prefixes(model)
+    layer_heads = tuple(head_counts(config, layer) for layer in range(len(layer_prefixes)))
+    heads = max(layer_heads, key=lambda heads: heads.queries_per_kv_head)
     attention_name = _attention_name(model.get_submodule(layer_prefixes[0]), layer_prefixes[0])
     blocks = _blocks(family.tp_plan or _plan_inside_layers(config.base_model_tp_plan or {}))
 
@@ -188,7 +198,7 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
     return ArchitectureInfo(
         layer_prefixes=layer_prefixes,
         layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(layer_prefixes)),
-        heads=heads,
+        layer_heads=layer_heads,
         attention_name=attention_name,
         blocks={kind: block for kind, block in blocks.items() if kind not in unprunable},
         mlp=blocks.get(UnitKind.MLP_CHANNEL),

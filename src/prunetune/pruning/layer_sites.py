@@ -42,6 +42,11 @@ class LayerSites:
         """The layer's module: "model.layers.3"."""
         return self.architecture.layer_prefixes[self.layer]
 
+    def _is_removed(self, name: str) -> bool:
+        """Whether an earlier run removed this module of the layer: what stands in its place has no weights."""
+        module = dict(self.model.get_submodule(self.prefix).named_modules()).get(name)
+        return module is not None and not any(True for _ in module.parameters())
+
     def sites(self) -> list[Site]:
         """All sites of the layer, outer ones first."""
         name = f"{self.prefix}:{UnitKind.LAYER}" if UnitKind.LAYER in self.kinds else ""
@@ -98,6 +103,8 @@ class LayerSites:
 
     def _attention_sites(self, parent: str) -> list[Site]:
         attention, kind = self.architecture.attention_name, UnitKind.ATTENTION_BLOCK
+        if self._is_removed(attention):
+            return []
         name = self._block_name(attention, kind) if kind in self.kinds else ""
         block = self.architecture.blocks.get(UnitKind.KV_GROUP)
         children = self._head_sites(block, name or parent) if block and any(k.is_head for k in self.kinds) else []
@@ -108,7 +115,7 @@ class LayerSites:
 
     def _head_sites(self, block: BlockLinears, parent: str) -> list[Site]:
         """KV groups, query heads, or query heads inside KV groups."""
-        heads, consumer = self.architecture.heads, f"{self.prefix}.{block.consumer}"
+        heads, consumer = self.architecture.layer_heads[self.layer], f"{self.prefix}.{block.consumer}"
         output = get_base_linear(self.model, consumer)
         if heads.query_heads % heads.kv_heads or axis_size(output, COLUMNS) != heads.query_heads * heads.head_dim:
             raise UnknownArchitecture(
@@ -148,7 +155,8 @@ class LayerSites:
         self, block: BlockLinears, *, split_queries: bool
     ) -> tuple[tuple[LinearSlice, ...], tuple[LinearSlice, ...]]:
         """The rows that KV groups own, and those that query heads own where these are units of their own."""
-        heads, dim = self.architecture.heads, self.architecture.heads.head_dim
+        heads = self.architecture.layer_heads[self.layer]
+        dim = heads.head_dim
         group_queries = heads.queries_per_kv_head * dim
         group_rows, query_rows = [], []
         for name in block.producers:
@@ -183,6 +191,8 @@ class LayerSites:
     def _mlp_sites(self, parent: str) -> list[Site]:
         mixture, block, kind = self._mixture(), self.architecture.mlp, UnitKind.MLP_BLOCK
         module = mixture.block if mixture else block.module if block else ""
+        if self._is_removed(module if mixture or not block else block.consumer):
+            return []
         name = self._block_name(module, kind) if kind in self.kinds else ""
         children = []
         if mixture:

@@ -115,4 +115,8 @@ def remove_layers_from_config(config: Any, kept_layers: Sequence[int]) -> None:
     for name, value in list(vars(config).items()):
         if "layer" in name and name != "mlp_only_layers" and isinstance(value, list) and len(value) == total:
             setattr(config, name, [value[index] for index in kept_layers])
+    overrides = config.to_dict().get("per_layer_config", {}) if config.is_heterogeneous else {}
     config.num_hidden_layers = len(kept_layers)
+    if overrides:
+        by_layer = {int(layer): values for layer, values in overrides.items()}
+        config.per_layer_config = {new: by_layer.get(old, {}) for new, old in enumerate(kept_layers)}

@@ -1,0 +1,55 @@
+"""The history of a pruned model: one entry for each run that pruned it, in a file of its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prunetune.model.loading import cached_hub_file
+from prunetune.utils.failures import reading_model_files
+from prunetune.utils.files import expand_path
+from prunetune.utils.untrusted import parse_json
+
+HISTORY_FILE = "history.json"
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """One run that pruned a model."""
+
+    model: str  # that it began with, as its recipe names it
+    layout: str
+    kept: float  # share of the prunable parameters of that model
+    params: int  # of the result
+    steps: int
+    recipe_sha256: str = ""
+
+
+def read_history(model: str) -> tuple[PruningRun, ...]:
+    """The runs that made a model, the first one first; none of a model that no run made, and of results of 0.1.
+
+    Raises `ModelError` for a file that does not say so.
+    """
+    folder = expand_path(model)
+    file: Path | None = folder / HISTORY_FILE if folder.is_dir() else cached_hub_file(model, HISTORY_FILE)
+    if file is None or not file.is_file():
+        return ()
+    with reading_model_files(f"model {model}: {HISTORY_FILE}", "put it back, or remove it"):
+        return tuple(
+            PruningRun(
+                model=str(run["model"]),
+                layout=str(run["layout"]),
+                kept=float(run["kept"]),
+                params=int(run["params"]),
+                steps=int(run["steps"]),
+                recipe_sha256=str(run["recipe_sha256"]),
+            )
+            for run in parse_json(file.read_bytes())
+        )
+
+
+def format_history(runs: Sequence[PruningRun]) -> str:
+    """The text of the file."""
+    return json.dumps([asdict(run) for run in runs], indent=2) + "\n"
