@@ -63,6 +63,14 @@ def test_collating_pads_right_and_labels_answers_only(seed: int) -> None:
     )
 
 
+def test_collating_labels_what_carries_loss_only() -> None:
+    chat = Example(tuple(range(1, 11)), 2, no_loss=((4, 6), (7, 8)))
+    batch = collate([chat, replace(chat, answer_start=10)], PAD)
+    counted = [IGNORE_INDEX] * 2 + [3, 4] + [IGNORE_INDEX] * 2 + [7, IGNORE_INDEX, 9, 10]
+    assert batch.labels.tolist() == [counted, [IGNORE_INDEX] * 10]
+    assert batch.target_tokens == chat.loss_tokens == len(batch.targets) == int(batch.prediction_mask.sum()) == 5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_padding_changes_no_loss(seed: int) -> None:
     model, given = tiny(), examples(5, seed)

@@ -262,7 +262,7 @@ def test_tools_and_calls_go_to_the_template(arguments: Any, content: Any) -> Non
         # A chat may end with the call; what generation starts from has the tools, too.
         record = record_from_row({"messages": talk[:2], "tools": json.dumps(TOOLS)}, source="f:1")
         assert tokenizer.decode(encode_prompts([record], tokenizer)[0]) == before
-        assert json.loads(record.completion)["name"] == "look_up"
+        assert json.loads(record.completion.splitlines()[-1])["name"] == "look_up"
         assert pieces_of({"messages": talk[:2], "tools": TOOLS}, tokenizer) == [before, called]
 
 
@@ -273,8 +273,6 @@ def test_template_that_takes_no_tools_refuses_them_in_one_line() -> None:
     for template, options in ((CHAT, {}), (trl_template("phi3_5"), {})):
         with pytest.raises(DataError, match=r"^f:1: the tokenizer's chat template does not write tool_calls;"):
             encoded([{"messages": [user("one"), called, user("12"), plain]}], subwords(chat=template), **options)
-    with pytest.raises(DataError, match=r"^f:1: tools need a chat template"):
-        encoded([{"messages": [user("one"), plain], "tools": TOOLS}], subwords(), template="raw")
 
 
 def test_answers_are_found_where_a_template_leaves_out_earlier_reasoning(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.encoding import chat_end_ids, chat_stop_id, encode, encode_answer, encode_prompts
-from prunetune.data.records import Message, Record
+from prunetune.data.records import Message, Record, record_from_row
 from prunetune.errors import DataError
 from support.data import CHAT, subwords
 
@@ -200,3 +201,76 @@ def test_chat_template_without_an_end_is_refused_by_row(monkeypatch: pytest.Monk
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"^f:2: .*does not come to an end \(it takes longer than 0\.3 s\)"):
         encode_prompts([TALK], subwords(chat=endless))
+
+
+def loss_of(example: Any, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(example.token_ids[start:end]) for start, end in example.loss_spans]
+
+
+@pytest.mark.parametrize("adds", ["<s> $A", "$A", "<s> $A </s>"])
+def test_raw_chat_tunes_on_every_answer(adds: str) -> None:
+    tokenizer = subwords(adds=adds)
+    assert loss_of(encode_one(TALK, tokenizer, template="raw"), tokenizer) == [" yes\n", "no</s>"]
+    assert loss_of(encode_one(TALK, tokenizer, template="raw", loss="last"), tokenizer) == ["no</s>"]
+    muted = replace(TALK, messages=(TALK.messages[0], replace(TALK.messages[1], has_loss=False), TALK.messages[2]))
+    assert loss_of(encode_one(muted, tokenizer, template="raw"), tokenizer) == ["no</s>"]
+    whole = encode_one(muted, tokenizer, template="raw", loss="all")
+    assert " yes" not in "".join(loss_of(whole, tokenizer))
+    assert whole.token_ids == encode_one(TALK, tokenizer, template="raw").token_ids
+
+
+def test_raw_chat_writes_tools_and_calls_as_json() -> None:
+    call = {"function": {"name": "look_up", "arguments": {"n": 2}}}
+    row = {
+        "messages": [{"role": "user", "content": "one"}, {"role": "assistant", "tool_calls": [call]}],
+        "tools": [{"a": 1}],
+    }
+    record = record_from_row(row, source="f:1")
+    decoded = subwords().decode(encode_one(record, subwords(), template="raw").token_ids)
+    assert decoded == '<s>tools: [{"a": 1}]\nuser: one\nassistant:{"name": "look_up", "arguments": {"n": 2}}</s>'
+
+
+@pytest.mark.parametrize("adds", ["<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("tail", ["</s>", "</s>\n"])
+def test_text_with_its_own_start_and_end_gets_no_second(adds: str, tail: str) -> None:
+    tokenizer = subwords(adds=adds)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain = encode_one(TEXT, tokenizer)
+    own = encode_one(replace(TEXT, completion=f"<s>{TEXT.completion}{tail}"), tokenizer)
+    assert own.token_ids[: len(plain.token_ids)] == plain.token_ids
+    assert (own.token_ids.count(start), own.token_ids.count(end), own.answer_start) == (1, 1, 1)
+    pair = encode_one(replace(PAIR, prompt=f"<s>{PAIR.prompt}", completion=f"{PAIR.completion}{tail}"), tokenizer)
+    expected = encode_one(PAIR, tokenizer)
+    assert pair.token_ids[: len(expected.token_ids)] == expected.token_ids
+    assert (pair.token_ids.count(start), pair.token_ids.count(end)) == (1, 1)
+    assert pair.answer_start == expected.answer_start
+    chat = encode_one(replace(PAIR, completion=" fever<|end|>"), tokenizer, template="chat")
+    assert chat.token_ids == encode_one(PAIR, tokenizer, template="chat").token_ids
+
+
+@pytest.mark.parametrize("limit", [2, 3, 6, 9, 14, 20, 30])
+@pytest.mark.parametrize("loss", ["assistants", "last", "all"])
+def test_truncated_chat_keeps_the_loss_of_what_is_left(limit: int, loss: Any) -> None:
+    tokenizer = subwords()
+    whole = encode_one(TALK, tokenizer, loss=loss)
+    (short,) = encode([TALK], tokenizer, DataConfig(too_long="truncate", loss=loss), limit).examples
+    assert len(short.token_ids) == min(limit, len(whole.token_ids))
+    assert 0 < short.answer_start < len(short.token_ids)
+    assert 0 < short.loss_tokens == sum(end - start for start, end in short.loss_spans)
+    assert short.loss_spans[-1][1] == len(short.token_ids)
+    if loss == "all":
+        assert short.token_ids == whole.token_ids[:limit]
+        return
+    last = whole.loss_spans[-1][0]
+    cut = last - short.loss_spans[-1][0]
+    counted = {at for start, end in whole.loss_spans for at in range(start, end)}
+    for start, end in short.loss_spans:
+        assert {at + cut for at in range(start, end)} <= counted
+        assert short.token_ids[start:end] == whole.token_ids[start + cut : end + cut]
+    assert short.loss_tokens == len({at for at in counted if cut < at < cut + limit and at - cut >= 1})
+
+
+def test_loss_all_counts_prompts_too() -> None:
+    example = encode_one(PAIR, subwords(), loss="all")
+    assert example.token_ids == encode_one(PAIR, subwords()).token_ids
+    assert (example.answer_start, example.no_loss) == (1, ())

@@ -98,6 +98,20 @@ def turns(*messages: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in zip(roles, messages, strict=False)]}
 
 
+def test_chat_shares_no_split_with_the_question_of_an_earlier_turn(tmp_path: Path) -> None:
+    chat, other = turns("question 3", "a", "Sure?", "yes"), turns("question 99", "a", "Sure?", "yes")
+    for number in range(5):
+        split = loaded(tmp_path, number, train=[*pairs(9), chat, other])
+        of_row = {record.source: name for name, records in split.by_name().items() for record in records}
+        places = {source.rpartition(":")[2]: name for source, name in of_row.items()}
+        assert places["10"] == places["4"]
+    given = {"search": pairs(2, 30), "valid": pairs(2, 40), "test": pairs(9)}
+    with pytest.raises(DataError, match=r"data\.train and data\.test overlap: 1 of 2 rows"):
+        loaded(tmp_path, train=[chat, other], **given)
+    chat["messages"][1]["weight"] = 0
+    assert len(loaded(tmp_path, train=[chat, other], **given).train) == 2
+
+
 # Where rows 1 to 24 went under seed 3, in version 0.1: a new version must not reshuffle data of one form.
 CARVED = {
     "prompts": (pairs(24), [6, 8, 23, 3, 21]),

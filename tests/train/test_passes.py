@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,9 @@ def examples(count: int = 7, longest: int = 20) -> list[Example]:
         Example(tuple(torch.randint(3, 90, (n,), generator=rng).tolist()), 1 + index % (n - 2), f"row {index}")
         for index, n in enumerate(lengths)
     ]
+
+
+CHAT = Example(tuple(range(3, 15)), 2, "chat", no_loss=((4, 7), (9, 10)))  # three turns carry loss
 
 
 def config_of(micro_tokens: int = 10_000, logits: float = 1.0, hidden: float = 1.0) -> RunConfig:
@@ -164,7 +168,7 @@ def test_teacher_gets_its_share_and_all_unlabelled_examples() -> None:
 
 @pytest.mark.parametrize("kind", [PaddedPasses, PackedPasses])
 def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
-    batch = [*examples(), Example(tuple(range(3, 9)), 6, "text")]
+    batch = [*examples(), Example(tuple(range(3, 9)), 6, "text"), CHAT]
     student, teacher = tiny(seed=5), tiny(seed=6)
     tokens = sum(len(example.token_ids) for example in batch)
     expected = 0.0
@@ -179,9 +183,8 @@ def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
             (student_hidden - teacher_hidden)[0].square().sum(-1) / teacher_hidden[0].square().sum(-1)
             for student_hidden, teacher_hidden in pairs
         ]
-        taught_positions = [
-            at for at in range(len(example.token_ids)) if not example.answer_start <= at + 1 < len(example.token_ids)
-        ]
+        labels = {at for start, end in example.loss_spans for at in range(start, end)}
+        taught_positions = [at for at in range(len(example.token_ids)) if at + 1 not in labels]
         expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[taught_positions].sum()) / tokens
     config = config_of(logits=0.5, hidden=2.0)
     passes = kind(with_lora(student), find_sites(tiny()), 0, config, Teacher(teacher, is_tuned=False))
@@ -189,6 +192,22 @@ def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
         if ".lora_B." in name:
             parameter.data.zero_()
     assert passes.tune(batch, None)["distance"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PaddedPasses, PackedPasses])
+def test_loss_counts_on_every_turn_of_a_chat_and_on_nothing_between(kind: Any) -> None:
+    batch = [*examples(3), CHAT, replace(CHAT, answer_start=len(CHAT.token_ids))]
+    expected, count, model = 0.0, 0, with_lora(tiny(seed=5))
+    for example in batch[:-1]:
+        ids = torch.tensor(example.token_ids)
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        positions = range(2, 12) if example is CHAT else range(example.answer_start, len(ids))
+        counted = [at - 1 for at in positions if example is not CHAT or at not in (4, 5, 6, 9)]
+        expected, count = expected + float(losses[counted].sum()), count + len(counted)
+    assert (CHAT.loss_tokens, CHAT.loss_spans, batch[-1].loss_spans) == (6, [(2, 4), (7, 9), (10, 12)], [])
+    passes = kind(model, find_sites(tiny()), 0, config_of())
+    assert passes.score(batch, None) == pytest.approx(expected / count, rel=1e-5)
 
 
 def test_gate_gradients_are_equal_packed_and_padded(masked_model: MaskedModel) -> None:

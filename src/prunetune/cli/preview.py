@@ -177,11 +177,15 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
 
 
 def _data_lines(context: RunContext) -> list[str]:
-    """Rows by split, the longest of them, and how often the steps go through train."""
+    """Rows by split, the longest of them, what of train carries loss, and how often the steps go through it."""
     counts = {name: len(split.examples) for name, split in context.encoded.items()}
     longest = max(split.longest for split in context.encoded.values())
+    train = context.encoded["train"].examples
+    tokens = max(1, sum(len(example.token_ids) for example in train))
+    share = sum(example.loss_tokens for example in train) / tokens
     steps, size = context.config.train.steps, context.config.train.batch_size
     return [
         f"rows: {', '.join(f'{count:,} {name}' for name, count in counts.items())}; the longest has {longest:,} tokens",
+        f"loss on {share:.0%} of the tokens of train (data.loss={context.config.data.loss})",
         f"{steps:,} steps of {size} examples: {steps * size / max(1, counts['train']):.1f} times the rows of train",
     ]

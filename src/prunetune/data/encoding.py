@@ -11,12 +11,12 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, compress
+from itertools import accumulate, chain, compress, pairwise
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.chat_template import Loss, Span, TurnEnd, gaps_between, render_answered, render_prompts
-from prunetune.data.records import Message, Record
+from prunetune.data.records import Record
 from prunetune.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _encode_pairs(records: Sequence[Record], tokenizer: Any, config: DataConfig)
         ids, answer = list(example.token_ids), example.answer_start
         if not record.completion.rstrip().endswith(closing or tokenizer.eos_token):  # no second end
             ids += encode_answer(closing, tokenizer) if closing else text_end
-        turns = _raw_turns(record, tokenizer, answer) if config.loss != "last" else []
+        turns = _raw_answers(record, tokenizer, answer) if record.messages and config.loss != "last" else []
         spans = [span for span, has_loss in turns if has_loss == (config.loss == "assistants")]
         spans = gaps_between(spans, 1, len(ids)) if config.loss == "all" else [*spans, (answer, len(ids))]
         examples.append(_example_of(ids, spans, record))
@@ -176,32 +176,28 @@ def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "a
 
 
 def raw_prompt(record: Record) -> str:
-    """The prompt without a chat template; raises `DataError` for a chat with tools, which only templates write."""
+    """The prompt without a chat template; tools and their calls are JSON in it."""
     if record.kind != "chat":
         return record.prompt
-    fields = [record.answer_fields, *(message.fields for message in record.messages)]
-    if record.tools or any('"tool_calls"' in field for field in fields):
-        raise DataError(f"{record.source}: tools need a chat template; set data.template=auto, or remove the row")
-    return "".join([*map(_raw_turn, record.messages), "assistant:"])
+    return "".join([*_raw_turns(record), "assistant:"])
 
 
-def _raw_turn(message: Message) -> str:
-    return f"{message.role}: {message.content}\n"
+def _raw_turns(record: Record) -> list[str]:
+    tools = f"tools: {record.tools}\n" if record.tools else ""
+    return [tools, *(f"{message.role}: {message.content}\n" for message in record.messages)]
 
 
-def _raw_turns(record: Record, tokenizer: Any, prompt_length: int) -> list[tuple[Span, bool]]:
-    """Earlier turns of the assistant in the raw prompt of a chat: (span of tokens, whether it is tuned on)."""
-    starts = accumulate((len(_raw_turn(message)) for message in record.messages), initial=0)
-    turns = [
-        ((start + len("assistant:"), start + len(_raw_turn(message))), message.has_loss)
-        for start, message in zip(starts, record.messages, strict=False)
-        if message.role == "assistant"
-    ]
-    if not turns:
+def _raw_answers(record: Record, tokenizer: Any, prompt_length: int) -> list[tuple[Span, bool]]:
+    """Earlier answers in the raw prompt of a chat: (span of tokens, whether it is tuned on)."""
+    ends = accumulate(map(len, _raw_turns(record)))
+    turns = zip(pairwise(ends), record.messages, strict=True)
+    answers = [(span, message.has_loss) for span, message in turns if message.role == "assistant"]
+    if not answers:
         return []
-    ((ids, spans),) = _tokenize_with_spans([(raw_prompt(record), [span for span, _ in turns])], tokenizer)
+    places = [(start + len("assistant:"), end) for (start, end), _ in answers]
+    ((ids, spans),) = _tokenize_with_spans([(raw_prompt(record), places)], tokenizer)
     shift = prompt_length - len(ids)  # by a start token
-    return [((start + shift, end + shift), has_loss) for (start, end), (_, has_loss) in zip(spans, turns, strict=True)]
+    return [((start + shift, end + shift), loss) for (start, end), (_, loss) in zip(spans, answers, strict=True)]
 
 
 def chat_end_ids(tokenizer: Any) -> list[int]:
@@ -236,8 +232,8 @@ def _tokenize_with_spans(
     """Token ids of each text, without special tokens around it, and its spans of characters as spans of tokens."""
     if not texts:
         return []
-    if not tokenizer.is_fast:
-        raise DataError("the tokenizer does not say where its tokens are, which chats need; save it as tokenizer.json")
+    if not tokenizer.is_fast:  # it does not say where its tokens are
+        return [_tokenize_pieces(text, spans, tokenizer) for text, spans in texts]
     encoded = tokenizer(
         [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -252,6 +248,13 @@ def _tokenize_with_spans(
             token_spans.append((bisect_right(ends, start), last))
         results.append((list(ids), token_spans))
     return results
+
+
+def _tokenize_pieces(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[Span]]:
+    edges = sorted({0, len(text), *chain.from_iterable(spans)})
+    pieces = _token_ids([text[start:end] for start, end in pairwise(edges)], tokenizer, special=False)
+    place = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
+    return list(chain.from_iterable(pieces)), [(place[start], place[end]) for start, end in spans]
 
 
 def truncate_example(example: Example, limit: int, bos_id: int | None) -> Example:

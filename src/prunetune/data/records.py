@@ -23,8 +23,10 @@ class Message:
     """One turn of a chat."""
 
     role: str
-    content: str = ""  # empty where a tool is called instead
-    fields: str = ""  # JSON of what else the chat template may read: tool_calls, name, reasoning_content, null content
+    content: str  # calls of tools in it as lines of JSON
+    fields: str = (
+        ""  # JSON of what else a chat template may read: name, reasoning_content, tool_calls and their content
+    )
     has_loss: bool = True  # of an assistant: whether it is tuned on
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,15 +159,12 @@ def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not targets or targets[-1] == 0:
         raise DataError("no assistant message counts (weight is 0); give one weight 1, or remove the row")
     answer = messages[targets[-1]]
-    calls = answer.as_dict().get("tool_calls", ()) if not answer.content else ()
-    # A chat that ends with a call of tools is scored on the call.
-    called = "\n".join(json.dumps(call.get("function", call), ensure_ascii=False, default=str) for call in calls)
     return {
         "kind": "chat",
         "messages": tuple(messages[: targets[-1]]),
         "answer_fields": answer.fields,
         "tools": _tools(fields.get("tools")),
-        **_answer_fields({**fields, "completion": answer.content or called}),
+        **_answer_fields({**fields, "completion": answer.content}),
     }
 
 
@@ -179,11 +178,13 @@ def _message(value: Any, name: str) -> Message:
         raise DataError(f"{name}.tool_calls must be a list of objects, got {short_repr(calls)}")
     if not calls:
         others.pop("tool_calls", None)  # tables fill an empty one in
-    if calls and (content is None or content == ""):
-        others["content"], content = content, ""
-    elif "content" not in value:
+    if "content" not in value and not calls:
         raise DataError(f"{name} must have role and content, got {short_repr(value)}")
-    text = _text(content, f"{name}.content", empty=True)
+    text = _text("" if content is None and calls else content, f"{name}.content", empty=True)
+    if calls:
+        others["content"] = content
+        calls = [json.dumps(call.get("function", call), default=str, ensure_ascii=False) for call in calls]
+        text = "\n".join([text, *calls] if text else calls)
     weights = {key: value[key] for key in LOSS_FIELDS if value.get(key) is not None}
     for key, weight in weights.items():
         if weight not in (0, 1):

@@ -137,10 +137,11 @@ def _conflict_keys(record: Record) -> list[str]:
     """Identity keys of the records that this one must not share splits with: same group, or same question.
 
     Two lists of choices make two questions, since many an exam asks "Which of the following is true?"; a question
-    without choices conflicts with any.
+    without choices conflicts with any. A chat is tuned on the answers to its earlier questions, too.
     """
     return [
         record.question_hash(),
+        *record.earlier_question_hashes(),
         *_group(record),
         record.question_hash(with_choices=False) if record.choices else _choices_key(record),
     ]
@@ -201,7 +202,8 @@ def _related_clusters(records: Sequence[Record]) -> dict[str, list[Record]]:
     questions = [record.question_hash() for record in records]
     without_choices = {question for record, question in zip(records, questions, strict=True) if not record.choices}
     for record, question in zip(records, questions, strict=True):
-        for key in [*_group(record), *({record.question_hash(with_choices=False)} & without_choices)]:
+        asked = {record.question_hash(with_choices=False), *record.earlier_question_hashes()} & without_choices
+        for key in [*_group(record), *asked]:
             parent[root(key)] = root(question)
     clusters: dict[str, list[Record]] = defaultdict(list)
     for record, question in zip(records, questions, strict=True):
