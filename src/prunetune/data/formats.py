@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,10 @@ def _csv(path: Path) -> NumberedRows:
 def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Any:
     if len(cells) > len(header):
         return DataError(f"{where}: {len(cells)} cells under {len(header)} column names; quote texts with commas")
-    row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    row: dict[str, Any] = {name: cell or None for name, cell in zip_longest(header, cells) if name or cell}
     for name in NESTED & set(row):
         try:
-            row[name] = parse_json(row[name], nan=True, surrogates=True)
+            row[name] = row[name] and parse_json(row[name], nan=True, surrogates=True)
         except ValueError as broken:
             reason = getattr(broken, "msg", broken)
             return DataError(f"{where}: column {name}: not valid JSON ({reason}); in a table it holds a JSON list")
