@@ -136,13 +136,15 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"messages": CHAT, "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}, "messages rows"),
     ({"messages": CHAT, "tools": TOOLS}, {"messages": CHAT, "tools": TOOLS}, "messages rows"),
     (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Which "}, {"type": "text", "text": "part?"}]},
-                      {"role": "assistant", "content": [{"type": "text", "text": A}]}]},
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Which "}, {"type": "text", "text": "part?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": A}]},
+        ]},
         {"messages": CHAT},
         "messages rows",
     ),
     ({"prompt": [USER], "completion": [ASSISTANT]}, {"messages": CHAT}, "prompt/completion rows"),
-    ({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, {"messages": CHAT}, "prompt/completion rows"),
+    ({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, {"messages": CHAT}, "prompt/completion"),
     ({"prompt": [SYSTEM, USER], "completion": A}, {"messages": [SYSTEM, *CHAT]}, "prompt/completion rows"),
     ({"prompt": Q, "completion": A, "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}, "prompt/completion rows"),
     # -- choices
@@ -162,7 +164,7 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         options(),
         "choices rows; prompt from question, answer from answerkey",
     ),
-    ({"question": Q, "choices": {"label": ["1", "2", "3"], "text": PARTS}, "answerKey": "2"}, options(), "choices rows"),
+    ({"question": Q, "choices": {"label": ["1", "2", "3"], "text": PARTS}, "answerKey": "2"}, options(), "choices"),
     (
         {"question": {"stem": Q, "choices": [{"text": t, "label": n} for t, n in zip(PARTS, "ABC", strict=True)]},
          "answerKey": "B"},
@@ -186,7 +188,7 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         pair(),
         "preference rows (chosen is tuned on); completion from chosen",
     ),
-    ({"prompt": Q, "chosen": CHAT, "rejected": [USER, USER]}, {"messages": CHAT}, "preference rows (chosen is tuned on)"),
+    ({"prompt": Q, "chosen": CHAT, "rejected": [USER, USER]}, {"messages": CHAT}, "preference rows (chosen is"),
     ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": []}, {"messages": CHAT}, "preference rows"),
     ({"chosen": "Human: 1? Assistant: one", "rejected": "no"}, {"text": "Human: 1? Assistant: one"}, "preference rows"),
     ({"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": A}}, {"messages": CHAT}, ""),
@@ -232,8 +234,9 @@ def test_line_on_a_source_counts_each_shape_and_each_unused_column(tmp_path: Pat
     ]
     _, line = read(tmp_path, *rows)
     assert line == (
-        "1 alpaca rows; prompt from instruction + input, completion from output; 1 alpaca rows; prompt from instruction, "
-        "completion from output; 1 messages rows; not used: label (2 rows), messages.x (1 rows), messages.rating (1 rows)"
+        "1 alpaca rows; prompt from instruction + input, completion from output; 1 alpaca rows; prompt from "
+        "instruction, completion from output; 1 messages rows; not used: label (2 rows), messages.x (1 rows), "
+        "messages.rating (1 rows)"
     )
 
 
@@ -417,5 +420,5 @@ def test_bad_row_of_a_known_shape_is_refused_in_one_line(row: dict[str, Any], me
 def test_digits_in_lettered_columns_of_a_table_are_refused_where_they_are_ambiguous(tmp_path: Path) -> None:
     with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["question", "opa", "opb", "cop"], [Q, "1", "2", "1"]])
-    with pytest.raises(DataError, match="is the text of choices.0. and the index of choices.1."):
+    with pytest.raises(DataError, match=r"is the text of choices\[0\] and the index of choices\[1\]"):
         read_records([str(tmp_path / "rows.csv")], DataConfig(), "train")
