@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -72,7 +73,7 @@ def _read_text(path: Path) -> str:
 def _as_western_text(data: bytes) -> str | None:
     """A text in Windows-1252; None for what is none: binary data, damaged UTF-8, or mostly beyond ASCII."""
     beyond_ascii = data.translate(None, bytes(range(128)))
-    if b"\0" in data or b"\xff" in data or len(beyond_ascii) > len(data) / 3:
+    if re.search(rb"[\x00-\x08\x0e-\x1f\x7f\xff]", data) or len(beyond_ascii) > len(data) / 3:
         return None
     if any(ord(character) > 127 for character in data.decode("utf-8", "ignore")):  # UTF-8, but for some bytes
         return None
@@ -129,7 +130,7 @@ def _without_field_limit() -> Iterator[None]:
 
 def _delimiter(text: str, suffix: str) -> str:
     """What separates columns: the mark that makes most of them in the first line."""
-    first = next((line for line in text.split("\n") if line.strip()), "").strip("\r")
+    first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
     if len(first) == 5 and first.startswith("sep="):  # Excel's own
         return first[4]
     marks = "\t,;" if suffix == ".tsv" else ",;\t"

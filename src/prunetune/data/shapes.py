@@ -110,7 +110,7 @@ def shape_row(row: Any, mapping: ColumnMapping | None = None, *, group_field: st
         is_apart = mapping.texts["prompt"] not in own if "prompt" in rendered else is_apart
         shape, reads = "mapped", reads | {key: tuple(sorted(mapping.names[key])) for key in rendered}
     if isinstance(canonical.get("prompt"), str) and not is_apart:
-        canonical["prompt"] = _with_line_end(canonical["prompt"], canonical.get("completion") or canonical["choices"])
+        canonical["prompt"] = _with_line_end(canonical["prompt"], canonical.get("choices", canonical.get("completion")))
     origins = ", ".join(f"{key} from {' + '.join(names)}" for key, names in reads.items() if names != (key,))
     choice = " (chosen is tuned on)" if shape == "preference" else ""
     return ShapedRow(kept | canonical, f"{shape} rows{choice}{origins and f'; {origins}'}", tuple(unused))
