@@ -57,6 +57,12 @@ def test_page_of_options_is_up_to_date() -> None:
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page
 
 
+def test_page_of_data_is_up_to_date() -> None:
+    """If this fails, run `python docs/make_data.py`."""
+    page = runpy.run_path(str(ROOT / "docs" / "make_data.py"))["page"]()
+    assert (ROOT / "docs" / "data.md").read_text(encoding="utf-8") == page
+
+
 def test_page_of_modules_is_up_to_date() -> None:
     """If this fails, run `python docs/make_modules.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()

@@ -27,6 +27,7 @@ COMMANDS = {
     ("eval", "./none", "--suite", "suite.yaml"): ["out", *fields_by_path(CheckOptions)],
     ("check", "./none", "--suite", "suite.yaml"): ["json", "junit", *fields_by_path(CheckOptions)],
     ("bench", "./none"): ["json", *fields_by_path(BenchOptions)],
+    ("data", "./none.csv"): [path for path in RUN_FLAGS if path.startswith("data.")],
     ("export", "./none"): ["out", "to", "dtype", "quantize", "pad"],
     ("runs", "."): ["model", "status", "where"],
 }

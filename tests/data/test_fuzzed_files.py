@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunetune.config.recipe import DataConfig
+from prunetune.config.recipe import ColumnsConfig, DataConfig
 from prunetune.data.sources import read_records
 from support.fuzz import ODD, damaged, fuzzed, refused_or_fine, torn
 
@@ -20,6 +20,14 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "Where?", "choices": ["Here", "There"], "answer": 1},
     {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]},
     {"text": "Here it is"},
+    {"instruction": "Say.", "input": "Where?", "output": "Here", "history": [["a", "b"]], "system": "s"},
+    {"conversations": [{"from": "human", "value": "Where?"}, {"from": "function_call", "value": "{}"}], "tools": "[]"},
+    {"question": "Where?", "opa": "Here", "opb": "There", "cop": 1},
+    {
+        "question": {"stem": "Where?", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
+        "answerKey": "A",
+    },
+    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "chosen": [], "rejected": "x"},
 ]
 
 
@@ -54,7 +62,14 @@ def test_any_file_is_rows_or_refused(
     content = FILES[name](rows).encode("utf-8", "surrogatepass")
     file = tmp_path_factory.getbasetemp() / name
     file.write_bytes(data.draw(torn(content)) if data.draw(st.booleans()) else content)
-    config = DataConfig(group=data.draw(st.sampled_from(("", "group"))))
+    columns = data.draw(
+        st.sampled_from([{}, {"completion": "answer"}, {"text": "{{ messages[0].role }}{{ question }}"}])
+    )
+    config = DataConfig(
+        group=data.draw(st.sampled_from(("", "group"))),
+        columns=ColumnsConfig(**columns),
+        bad_rows=data.draw(st.sampled_from(("error", "drop"))),
+    )
     with refused_or_fine():
         for record in read_records([str(file)], config, "train"):
             record.question_hash()

@@ -21,7 +21,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import (
-    DataViewConfig,
+    DataConfig,
     RunConfig,
     UnitName,
     WorkloadConfig,
@@ -57,7 +57,7 @@ CheckFlags: typing.TypeAlias = make_flags_class(CheckOptions)  # type: ignore[va
 NO_CHECK_FLAGS = CheckFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
-DataFlags: typing.TypeAlias = make_flags_class(DataViewConfig)  # type: ignore[valid-type]
+DataFlags: typing.TypeAlias = make_flags_class(DataConfig)  # type: ignore[valid-type]
 NO_DATA_FLAGS = DataFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
 UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, tokens: expand_path(tokens[0].value))]
@@ -194,7 +194,12 @@ def sites(
 
 
 @app.command
-def data(*files: str, flags: Annotated[DataFlags, Parameter(name="*")] = NO_DATA_FLAGS) -> None:
+def data(
+    *files: str,
+    model: Annotated[str, Parameter(help="Show tokens as this model sees them, and which the loss counts.")] = "",
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
+    flags: Annotated[DataFlags, Parameter(name="data")] = NO_DATA_FLAGS,
+) -> None:
     """Show what rows are read as: their shape, three of them as the model sees them, lengths, what is not used.
 
     Parameters
@@ -206,7 +211,8 @@ def data(*files: str, flags: Annotated[DataFlags, Parameter(name="*")] = NO_DATA
 
     from prunetune.cli.data_view import render_data
 
-    lines = list(render_data(files, read_options(DataViewConfig, flags_to_overrides(flags), where="data")))
+    config = read_options(DataConfig, flags_to_overrides(flags), where="data")
+    lines = list(render_data(files, config, model, trust_remote_code=trust_remote_code))
     Console(highlight=False).print(*lines, sep="\n", soft_wrap=True)
 
 

@@ -27,9 +27,9 @@ from prunetune.errors import ConfigError
 from prunetune.utils.untrusted import short_repr
 
 __all__ = [
-    "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "ColumnsConfig", "CompareConfig", "DataConfig", "DataViewConfig",
-    "DistillConfig", "EvaluateConfig", "LoraSettings", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig",
-    "UnitName", "ValidateConfig", "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
+    "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "ColumnsConfig", "CompareConfig", "DataConfig", "DistillConfig",
+    "EvaluateConfig", "LoraSettings", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig", "UnitName",
+    "ValidateConfig", "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
 ]  # fmt: skip
 
 BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
@@ -105,15 +105,6 @@ class DataConfig:
     overlap: Literal["error", "drop"] = option(
         "error", "What to do with rows that are in two splits; drop keeps them in the one nearer to test."
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataViewConfig:
-    """The options of `prunetune data`, under the names that a recipe gives them."""
-
-    model: str = option("", "Show tokens as this model sees them, and which of them the loss counts.")
-    trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    data: DataConfig = section(DataConfig)
 
 
 UnitName = Literal[

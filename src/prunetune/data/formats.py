@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def _read_text(path: Path) -> str:
 def _as_western_text(data: bytes) -> str | None:
     """A text in Windows-1252; None for what is none: binary data, damaged UTF-8, or mostly beyond ASCII."""
     beyond_ascii = data.translate(None, bytes(range(128)))
-    if b"\0" in data or b"\xff" in data or len(beyond_ascii) > len(data) / 3:
+    if re.search(rb"[\x00-\x08\x0e-\x1f\x7f\xff]", data) or len(beyond_ascii) > len(data) / 3:
         return None
     if any(ord(character) > 127 for character in data.decode("utf-8", "ignore")):  # UTF-8, but for some bytes
         return None
@@ -128,7 +130,7 @@ def _without_field_limit() -> Iterator[None]:
 
 def _delimiter(text: str, suffix: str) -> str:
     """What separates columns: the mark that makes most of them in the first line."""
-    first = next((line for line in text.split("\n") if line.strip()), "").strip("\r")
+    first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
     if len(first) == 5 and first.startswith("sep="):  # Excel's own
         return first[4]
     marks = "\t,;" if suffix == ".tsv" else ",;\t"
@@ -164,10 +166,10 @@ def _csv(path: Path) -> NumberedRows:
 def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Any:
     if len(cells) > len(header):
         return DataError(f"{where}: {len(cells)} cells under {len(header)} column names; quote texts with commas")
-    row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    row: dict[str, Any] = {name: cell or None for name, cell in zip_longest(header, cells) if name or cell}
     for name in NESTED & set(row):
         try:
-            row[name] = parse_json(row[name], nan=True, surrogates=True)
+            row[name] = row[name] and parse_json(row[name], nan=True, surrogates=True)
         except ValueError as broken:
             reason = getattr(broken, "msg", broken)
             return DataError(f"{where}: column {name}: not valid JSON ({reason}); in a table it holds a JSON list")

@@ -6,7 +6,7 @@ import glob
 import logging
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from prunetune.data.demo import read_demo
 from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
 from prunetune.data.records import Record, record_from_row
 from prunetune.data.shapes import ShapedRow, shape_row
-from prunetune.data.source_notes import SourceNotes
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
 from prunetune.utils.untrusted import shorten
@@ -109,20 +108,21 @@ def read_records(sources: Sequence[str], config: DataConfig, split: SplitName) -
     """
     records, notes = read_records_with_notes(sources, config, split)
     for written, note in notes.items():
-        if not note.is_plain:
-            log.info("data.%s %s: %s", split, shorten(written), note.line())
+        if ";" in note:
+            log.info("data.%s %s: %s", split, shorten(written), note)
     return records
 
 
 def read_records_with_notes(
     sources: Sequence[str], config: DataConfig, split: SplitName
-) -> tuple[tuple[Record, ...], dict[str, SourceNotes]]:
-    """`read_records`, and for each source as it is written what its rows are read as; logs dropped rows only."""
+) -> tuple[tuple[Record, ...], dict[str, str]]:
+    """`read_records`, and for each source one line on what its rows are read as; logs dropped rows only."""
     group_required = split not in EXTRA_SPLITS
     mapping = ColumnMapping.compile(config.columns)
     records: list[Record] = []
     bad: list[DataError] = []
-    notes: dict[str, SourceNotes] = {}
+    shapes: dict[str, Counter[str]] = defaultdict(Counter)
+    unused: dict[str, Counter[str]] = defaultdict(Counter)
     for row in _rows(sources, config, split):
         if isinstance(row, Record):
             records.append(row)
@@ -134,15 +134,27 @@ def read_records_with_notes(
             bad.append(wrong)
             continue
         records.append(record)
-        notes.setdefault(row.written, SourceNotes()).add(shaped)
+        shapes[row.written][shaped.shape] += 1
+        unused[row.written].update(shaped.unused)
     if bad:
         _refuse_or_drop(bad, len(records), config, split)
-    if mapping and split == "train" and notes and not any(note.shapes["mapped"] for note in notes.values()):
+    names = [name for counts in shapes.values() for name in counts]
+    if mapping and split == "train" and names and not any(name.startswith("mapped") for name in names):
         raise DataError(
             f"data.columns names {', '.join(sorted(mapping.columns))}, and no row of data.train has one of them: "
             "correct the names, or leave data.columns out"
         )
-    return tuple(records), notes
+    return tuple(records), {written: _note(shapes[written], unused[written]) for written in shapes}
+
+
+def _note(shapes: Counter[str], unused: Counter[str]) -> str:
+    """Such as "12 alpaca rows; prompt from instruction + input, completion from output; not used: label (12 rows)"."""
+    parts = [f"{count:,} {shape}" for shape, count in shapes.items()]
+    if unused:
+        parts.append("not used: " + ", ".join(f"{shorten(name)} ({count:,} rows)" for name, count in unused.items()))
+        if set(shapes) == {"text rows"}:
+            parts.append("an answer belongs into completion, or into choices and answer")
+    return "; ".join(parts)
 
 
 def _refuse_or_drop(bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName) -> None:

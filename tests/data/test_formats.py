@@ -1,0 +1,268 @@
+"""Formats of data files: compression, encodings, separators, tables of any nesting; what cannot be read is refused."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prunetune.config.recipe import DataConfig
+from prunetune.data.records import Record
+from prunetune.data.sources import read_records, read_rows
+from prunetune.errors import MissingPackage, PrunetuneError
+from support.data import pairs
+
+ROWS = pairs(3)
+LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+TABLE = b"prompt,completion\nWhere?, here\nWhy?, because\n"
+MESSAGES = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data))
+
+
+def read(folder: Path, name: str, content: bytes, **config: Any) -> tuple[Record, ...]:
+    (folder / name).write_bytes(content)
+    return read_records([name], DataConfig(root=str(folder), **config), "train")
+
+
+def prompts(records: tuple[Record, ...]) -> list[str]:
+    return [record.prompt for record in records]
+
+
+@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstd)])
+def test_compressed_text_is_read_and_keeps_its_task(
+    ending: str, compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    records = read(tmp_path, f"tickets.jsonl{ending}", compress(LINES))
+    assert prompts(records) == [row["prompt"] for row in ROWS]
+    assert records[0].task == "tickets"
+    (tmp_path / "health").mkdir()
+    assert read(tmp_path / "health", f"train.CSV{ending}", compress(TABLE))[0].task == "health"
+    assert len(read(tmp_path, f"a.json{ending}", compress(json.dumps(ROWS).encode()))) == 3
+
+
+def test_two_parts_of_gzip_in_one_file_are_both_read(tmp_path: Path) -> None:
+    assert len(read(tmp_path, "a.jsonl.gz", gzip.compress(LINES) + gzip.compress(LINES))) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.jsonl", json.dumps(ROWS, indent=1)),
+        ("a.json", LINES.decode()),
+        ("a.json", json.dumps({"data": ROWS})),
+        ("a.json", f"\n{json.dumps({'train': ROWS}, indent=1)}"),
+        ("a.ndjson", LINES.decode().replace("\n", "\r\n")),
+        ("a.jsonl", LINES.decode().replace("\n", "\r")),
+    ],
+)
+def test_json_is_lines_a_list_or_an_object_with_one_list(name: str, text: str, tmp_path: Path) -> None:
+    assert prompts(read(tmp_path, name, text.encode())) == [row["prompt"] for row in ROWS]
+
+
+def test_json_file_of_one_object_is_one_row(tmp_path: Path) -> None:
+    (record,) = read(tmp_path, "a.json", json.dumps({"messages": MESSAGES}, indent=1).encode())
+    assert record.kind == "chat"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_usual_encodings_are_detected_and_a_guess_is_said(
+    encoding: str, ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "prompt,completion\r\nWo ist Köln?,Am Rhein – é\r\n".replace("–", "-" if encoding == "latin-1" else "–")
+    if ending == ".jsonl":
+        line = text.split("\r\n")[1]
+        row = dict(zip(("prompt", "completion"), line.split(","), strict=True))
+        text = json.dumps(row, ensure_ascii=False) + "\r\n"
+    ((record),) = read(tmp_path, f"a{ending}", text.encode(encoding))
+    assert (record.prompt, record.completion[:9]) == ("Wo ist Köln?", "Am Rhein ")
+    assert record.completion.endswith("é")
+    is_guess = encoding in ("latin-1", "cp1252")
+    assert len([message for message in caplog.messages if "read as Windows-1252" in message]) == is_guess
+    assert not is_guess or "Köln" in caplog.text
+
+
+def test_line_ends_of_windows_become_those_of_unix(tmp_path: Path) -> None:
+    (record,) = read(tmp_path, "a.csv", b'prompt,completion\r\n"a\r\nb",c\r\n')
+    assert (record.prompt, record.completion) == ("a\nb", "c")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt;completion\n"Where? Here, or there";" here, there"\n',
+        'sep=;\nprompt;completion\n"Where? Here, or there"; here, there\n',
+        "prompt\tcompletion\nWhere? Here, or there\t here, there\n",
+        '"prompt","completion"\n"Where? Here, or there"," here, there"\n',
+        "prompt;completion;\nWhere? Here, or there; here, there;\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_separator_of_a_table_is_told_by_its_first_line(name: str, text: str, tmp_path: Path) -> None:
+    (record,) = read(tmp_path, name, text.encode())
+    assert (record.prompt, record.completion) == ("Where? Here, or there", " here, there")
+
+
+def test_text_with_semicolons_in_a_table_of_one_column_stays_whole(tmp_path: Path) -> None:
+    (record,) = read(tmp_path, "a.csv", b"text\nso; it is\n")
+    assert record.completion == "so; it is"
+
+
+NESTED = [
+    {"messages": MESSAGES, "answer": None, "meta": {"tags": [{"a": 1}, None], "when": None}},
+    {"messages": [*MESSAGES, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+]
+
+
+def arrow(folder: Path, name: str, table: pa.Table) -> None:
+    if name.endswith(".parquet"):
+        pq.write_table(table, folder / name)
+    elif name.endswith(".arrow"):
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather"])
+def test_arrow_tables_of_any_nesting_are_read(name: str, tmp_path: Path) -> None:
+    arrow(tmp_path, name, pa.Table.from_pylist(NESTED))
+    records = read_records([name], DataConfig(root=str(tmp_path)), "train")
+    assert [record.completion for record in records] == ["Here.", "So."]
+
+
+def test_fields_that_only_the_table_added_are_gone(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"sign": 0}}}
+    rows = [
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]},
+        {"messages": [{"role": "tool", "content": "x", "name": "f"}], "tools": None},
+    ]
+    arrow(tmp_path, "a.parquet", pa.Table.from_pylist(rows))
+    first, second = (row.fields for row in read_rows(["a.parquet"], DataConfig(root=str(tmp_path)), "train"))
+    assert first == rows[0]
+    assert second == {"messages": rows[1]["messages"]}
+
+
+def test_messages_as_json_text_are_read_from_a_table(tmp_path: Path) -> None:
+    arrow(tmp_path, "a.parquet", pa.table({"messages": [json.dumps(MESSAGES)]}))
+    (record,) = read_records(["a.parquet"], DataConfig(root=str(tmp_path)), "train")
+    assert (record.kind, record.completion) == ("chat", "Here.")
+
+
+def test_whole_numbers_that_pandas_made_floats_are_indices(tmp_path: Path) -> None:
+    table = pa.table(
+        {"prompt": ["a?", "b?"], "choices": [["x", "y"]] * 2, "answer": [1.0, None], "completion": [None, "x"]}
+    )
+    arrow(tmp_path, "a.parquet", table)
+    records = read_records(["a.parquet"], DataConfig(root=str(tmp_path)), "train")
+    assert [record.answer for record in records] == [1, 0]
+
+
+def excel(monkeypatch: pytest.MonkeyPatch, *rows: tuple[Any, ...]) -> None:
+    """Stands in for the package openpyxl, with a workbook of one sheet."""
+    sheet = SimpleNamespace(iter_rows=lambda values_only: iter(rows))
+    fake = SimpleNamespace(load_workbook=lambda path, read_only, data_only: SimpleNamespace(worksheets=[sheet]))
+    monkeypatch.setitem(sys.modules, "openpyxl", fake)
+
+
+def test_first_sheet_of_excel_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    excel(
+        monkeypatch,
+        ("Question", "Answer", None),
+        ("Where?", "here", None),
+        (None, None, None),
+        ("How many?", 4.0, None),
+    )
+    records = read(tmp_path, "a.xlsx", b"")
+    assert [(record.prompt, record.completion) for record in records] == [("Where?\n", "here"), ("How many?\n", "4")]
+    excel(monkeypatch, ("prompt", "completion", "completion"), ("Where?", "here", "draft"))
+    with pytest.raises(PrunetuneError, match="two columns are called completion"):
+        read(tmp_path, "a.xlsx", b"")
+
+
+def test_excel_without_its_package_is_refused_with_two_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(MissingPackage, match=r"save the sheet as CSV.*pip install 'prunetune\[excel\]'"):
+        read(tmp_path, "a.xlsx", b"")
+
+
+def two_columns_of_one_name() -> bytes:
+    sink = pa.BufferOutputStream()
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["prompt", "completion", "completion"]), sink)
+    return bytes(sink.getvalue())
+
+
+# Twenty-odd bad inputs of the formats: (name, content, what the line says).
+BAD = [
+    ("a.csv", b"prompt,completion,completion\np,a,b\n", "a.csv: two columns are called completion; rename"),
+    ("a.csv", b"prompt,completion, completion\np,a,b\n", "two columns are called completion"),
+    ("a.tsv", b"text\ttext\na\tb\n", "two columns are called text"),
+    ("a.jsonl", b'{"prompt": "p", "completion": "a", "completion": "b"}\n', "two fields are called completion"),
+    ("a.json", b'[{"prompt": "p", "completion": "a", "completion": "b"}]', "two fields are called completion"),
+    ("a.parquet", two_columns_of_one_name(), "two columns are called completion"),
+    ("a.json", b'[\n{"text": "a"},\n{"text": "b",}\n]', "a.json:3: not valid JSON"),
+    ("a.jsonl", b'[\n{"text": "a"},\n{"text"', "a.jsonl:3: not valid JSON"),
+    ("a.json", b'{"text": "a"}\n{"text"', "a.json:2: not valid JSON"),
+    ("a.json", b'{"text": "a"', "a.json:1: not valid JSON"),
+    ("a.json", b" \n", "a.json: empty"),
+    ("a.json", b'"text"', "a.json:1: row is 'text'"),
+    ("a.json", b'{"data": [1, 2]}', "row has data"),
+    ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz: not readable as .gz"),
+    ("a.jsonl.gz", LINES, "a.jsonl.gz: not readable as .gz"),
+    ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: empty"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd no", "a.jsonl.zst: not readable as .zst"),
+    ("a.gz", gzip.compress(LINES), "a.gz: ending '.gz' is not read"),
+    ("a.parquet.gz", b"", "a.parquet.gz: ending '.gz' is not read"),
+    ("a.jsonl.xz", b"", "ending '.xz' is not read; known are .jsonl"),
+    ("a.xls", b"", "ending '.xls' is not read"),
+    ("a.jsonl", b"\x00\x01\x02\xff\xff", "a.jsonl:1: not UTF-8"),
+    ("a.jsonl", '{"text": "Köln"}\n'.encode() + b'{"text": "K\xf6ln"}\n', "a.jsonl:2: not UTF-8 (byte 0xf6)"),
+    ("a.csv", "text\n漢字の文章\n".encode("shift-jis"), "a.csv:2: not UTF-8"),
+    ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl:1: not valid JSON"),
+    ("a.jsonl", b"\xff\xfe{", "a.jsonl:1: not UTF-8"),
+    ("a.csv", b'prompt;completion\n"Where?"s;here\n', "columns are separated by ';': quote texts"),
+    ("a.tsv", b'prompt\tcompletion\n"Where?"s\there\n', "columns are separated by tabs: quote texts"),
+    ("a.csv", b"prompt;completion\nWhere?;here;there\n", "a.csv:2: 3 cells under 2 column names"),
+    ("a.arrow", b"ARROW1 no", "a.arrow: not readable as Arrow"),
+    ("a.feather", b"", "a.feather: not readable as Arrow"),
+    ("a.xlsx", b"PK no", "a.xlsx"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_file_ends_in_one_line_and_exit_code_2(
+    name: str, content: bytes, message: str, tmp_path: Path, say: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, out, err = say("data", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_rows_of_a_suite_are_all_readable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "a.jsonl").write_bytes(LINES + b'{"prompt"')
+    with pytest.raises(PrunetuneError, match=r"a\.jsonl:4: not valid JSON"):
+        read_rows(["a.jsonl"], DataConfig(root=str(tmp_path)), "test")
