@@ -11,7 +11,8 @@ import pytest
 
 import prunetune.pipeline.run
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.runs.folder import RunFolder, create_run_folder
+from prunetune.errors import RunFolderError
+from prunetune.runs.folder import RunFolder, check_folder, create_run_folder
 
 Said = Callable[..., tuple[int, str, str]]
 
@@ -73,6 +74,15 @@ def test_resume_by_recipe_and_by_flags_still_works(say: Said, asked: list[tuple[
     say("run", "--model", "m", "--data.train", "rows.jsonl", "--out", "runs/x", "--resume")
     say("run", "--model", "m", "--data.train", "rows.jsonl", "--out", "runs/new", "--resume")
     assert asked == [(config, True), (config, True), (replace(config, out="runs/new"), True)]
+
+
+def test_resumed_folder_does_not_let_code_of_its_model_run(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:
+    config = begun("runs/x", trust_remote_code=True)
+    say("run", "--resume", "runs/x")
+    say("run", "--resume", "runs/x", "--trust-remote-code=true")
+    assert asked == [(replace(config, trust_remote_code=False), True), (config, True)]
+    with pytest.raises(RunFolderError, match="trust_remote_code was True and is now False"):
+        check_folder(asked[0][0], resume=True)
 
 
 def test_folder_without_resume_or_without_a_run_is_refused(say: Said, asked: list[tuple[RunConfig, bool]]) -> None:

@@ -123,7 +123,8 @@ def _read_config(recipe: Path | None, flags: object, *, resume: bool) -> RunConf
         raise ConfigError(f"{recipe} is a folder: name a recipe in it, or continue the run in it with --resume")
     from prunetune.runs.folder import open_run
 
-    saved = to_mapping(open_run(recipe)[1]) | {"out": str(recipe)}
+    # Code of a model runs by the user's own word only, not by that of a folder, which may be a stranger's.
+    saved = to_mapping(open_run(recipe)[1]) | {"out": str(recipe), "trust_remote_code": False}
     return from_mapping(merge_options(saved, overrides), where=f"{recipe}/config.yaml")
 
 

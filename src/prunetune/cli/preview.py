@@ -137,14 +137,15 @@ def _preview_lines(meta_model: Any, prunable_params: int, total_params: int, sma
 
 
 def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
-    """Sizes, rows and budgets of a run, whose model and data are opened and checked as the run would.
+    """Sizes, rows, time, disk and budgets of a run, whose model and data are opened and checked as the run would.
 
     Writes nothing but a latency table into the cache, where a budget needs one. Raises what the run would raise.
     """
     from prunetune.model.loading import load_meta_model
     from prunetune.pipeline.budget_preview import budget_table_lines, budget_usage_lines
     from prunetune.pipeline.monitor import make_monitor
-    from prunetune.pipeline.prepare import prepare
+    from prunetune.pipeline.prepare import disk_bytes_needed, prepare
+    from prunetune.pipeline.time_estimate import describe_time
     from prunetune.pruning.units import kept_params
     from prunetune.runs.trackers import require_trackers
     from prunetune.search.feasibility import uniform_scores
@@ -168,6 +169,10 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
         f"layout {config.layout}",
         *(budget_usage_lines(constraints.limits, plan) if constraints.limits else ()),
         *_data_lines(context),
+        describe_time(context, meta_model),
+        "disk: at most {:.2f} GB of checkpoints and {:.2f} GB of models".format(
+            *(size / 1e9 for size in disk_bytes_needed(meta_model, context.sites, context.config))
+        ),
         "",
         *budget_table_lines(meta_model, context.sites, constraints, config.workload, context.device),
         "",

@@ -344,7 +344,7 @@ class RunConfig:
         "package).",
         is_path=True,
     )
-    out: str = option("runs/latest", "The run folder to make, from the working folder.")
+    out: str = option("runs/latest", "The run folder to make.")
     seed: int = option(0, "Seed of everything random.", ge=0)
     deterministic: bool = option(
         False, "Use deterministic kernels: the same seed gives the same bits on the same machine, on a GPU too; slower."

@@ -186,7 +186,7 @@ def prepare(
             "kv-groups, query-heads and mlp-channels, lora.quantize to off, and launch without --use_fsdp; or set "
             "search.score to gate-gradients"
         )
-    require_disk_space(folder.path, _disk_bytes_needed(meta_model, sites, config))
+    require_disk_space(folder.path, sum(disk_bytes_needed(meta_model, sites, config)))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":
         longest = max((len(example.token_ids) for split in encoded.values() for example in split.examples), default=1)
@@ -325,8 +325,8 @@ def with_distill_texts(context: RunContext, context_length: int) -> RunContext:
     return replace(context, splits=replace(context.splits, texts=texts), encoded=encoded)
 
 
-def _disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
-    """Bytes of the checkpoints that a run keeps (weights or adapters, with optimizer moments) and of its result."""
+def disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConfig) -> tuple[int, int]:
+    """Most bytes of (checkpoints: weights or adapters with optimizer moments; written models and all else) of a run."""
     rank = config.lora.rank
     linears = [get_base_linear(meta_model, name) for name in lora_target_modules(meta_model)]
     adapter: int = sum(rank * (axis_size(linear, ROWS) + axis_size(linear, COLUMNS)) for linear in linears)
@@ -335,7 +335,8 @@ def _disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConf
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
     # Two of the run, two of the dense tuned model, one in writing; more to go back to.
     states = 8 if config.limits or config.train.keep_best else 5
-    return len(config.budget.keeps) * (states * 12 * adapter + 4 * weights) + 64 * 2**20
+    sizes = len(config.budget.keeps)
+    return sizes * states * 12 * adapter, sizes * 4 * weights + 64 * 2**20
 
 
 def data_and_model_facts(context: RunContext) -> dict[str, Any]:
