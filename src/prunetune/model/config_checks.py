@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.pruning.families import FAMILIES
+from prunetune.pruning.families import FAMILIES, MODEL_TYPE_PREFIX
 from prunetune.utils.untrusted import short_repr
 
 CORRECT_CONFIG = "correct config.json, or fetch it again"
@@ -44,6 +44,18 @@ def check_config_values(name: str, values: Mapping[str, Any], *, trust_remote_co
                 raise _wrong_value(name, key, part, f"{largest} or less")
 
 
+def check_per_layer_keys(name: str, values: Mapping[str, Any]) -> None:
+    """Raises `ModelError` for a `per_layer_config` of another tool that says more than how wide layers are."""
+    family = FAMILIES[values["model_type"]]
+    known = {"num_attention_heads", "num_key_value_heads", family.intermediate_size_key, "skip"}
+    for layer in values["per_layer_config"].values():
+        if unknown := set(layer) - known or set(layer.get("skip", ())) - {"attention", "mlp"}:
+            raise ModelError(
+                f"model {name}: per_layer_config names {min(unknown)}, and layers may differ here in "
+                f"{', '.join(sorted(known))} (attention, mlp) alone: name the model that it was made from"
+            )
+
+
 def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) -> ModelError:
     return ModelError(
         f"model {name}: config.json: {key} is {short_repr(values[key])}, and must be {accepted}; {CORRECT_CONFIG}"
@@ -75,7 +87,7 @@ def raise_unless_causal_lm(name: str, config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     has_own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_class:
+    if config.model_type.removeprefix(MODEL_TYPE_PREFIX) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_class:
         return
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {name}: {config.model_type!r} has an encoder: name a decoder, a causal language model")

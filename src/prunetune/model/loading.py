@@ -20,14 +20,16 @@ from prunetune.model.checksums import verify_checksums
 from prunetune.model.config_checks import (
     CORRECT_CONFIG,
     check_config_values,
+    check_per_layer_keys,
     quantised_error,
     raise_if_multimodal,
     raise_if_unprunable,
     raise_unless_causal_lm,
 )
 from prunetune.model.gguf_import import dequantize_gguf
-from prunetune.model.per_layer_classes import register_folder
+from prunetune.model.per_layer_classes import register_family, register_folder
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
+from prunetune.pruning.families import FAMILIES
 from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
@@ -373,6 +375,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     values = _config_values(name)
     check_config_values(name, values, trust_remote_code=trust_remote_code)
     with reading_model_files(f"model {name}: config.json", CORRECT_CONFIG):
+        if values.get("per_layer_config") and values.get("model_type") in FAMILIES:  # another tool's per-layer model
+            check_per_layer_keys(name, values)
+            config_class = register_family(values["model_type"])[0]
+            return config_class.from_dict(values | {"model_type": config_class.model_type})
         try:
             config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
         except ValueError as broken:
@@ -394,19 +400,21 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer, and set a padding token of the model's vocabulary; raises `ModelError` if it has no tokens."""
     from transformers import AutoTokenizer
 
+    config = load_config(name, trust_remote_code=trust_remote_code)
     with reading_model_files(
         f"model {name}: no tokenizer found",
         "save tokenizer.json and the tokenizer's other files into the model's folder",
     ):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model_path(name), config=config, trust_remote_code=trust_remote_code
+        )
         has_tokens = bool(tokenizer("a")["input_ids"])
     if not has_tokens:  # made from a configuration alone
         raise ModelError(
             f"model {name}: its tokenizer has no vocabulary: save tokenizer.json and the tokenizer's other files into "
             "its folder"
         )
-    config = load_config(name, trust_remote_code=trust_remote_code).get_text_config()
-    vocab_size = getattr(config, "vocab_size", math.inf)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", math.inf)
     # A padding token beyond the vocabulary was added without resizing the model.
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
