@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from prunetune import Plan, cut, find_sites, masked
-from prunetune.config.recipe import from_mapping
 from prunetune.errors import ConfigError, ModelError
 from prunetune.export import selfcheck
 from prunetune.export.checkpoint import WrittenCheckpoint, write_checkpoint
@@ -25,6 +24,7 @@ from prunetune.pipeline.run import run
 from prunetune.pruning.remaining_sites import plan_within
 from prunetune.pruning.units import dense_plan
 from prunetune.utils.console import SilentConsole
+from support.again import recipe
 from support.data import subwords
 from support.evaluation import characters, speaker, write_model_and_rows
 from support.export import plan_of, reference_here
@@ -74,23 +74,6 @@ def test_pruned_twice_equals_pruned_by_the_composed_plan_to_the_bit(family: str,
     assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
     values = json.loads((tmp_path / "second" / "config.json").read_text())
     assert values["model_type"] == f"pruned_{family}"
-
-
-def recipe(folder: Path, model: Path, out: str, **changes: Any) -> Any:
-    """A run of two steps without a teacher."""
-    values = {
-        "model": str(model),
-        "out": str(folder / out),
-        "device": "cpu",
-        "dtype": "float32",
-        "data": {"train": [str(folder / "rows.jsonl")]},
-        "budget": {"keep": 0.8, "align": 8},
-        "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3},
-        "search": {"init_batches": 1},
-        "distill": {"teacher": "none"},
-        "evaluate": {"dense_tuned": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 2},
-    }
-    return from_mapping(values | changes)
 
 
 def uniform_plan(model: Any) -> Plan:

@@ -60,7 +60,9 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         _front_matter(provenance),
         f"# {markdown_text(provenance.config.model)}, tuned and pruned",
         _summary(provenance, plan, sites),
-        _usage_section(_written_layout(provenance, sites)),
+        _usage_section(_written_layout(provenance, sites)).replace(
+            "AutoModelForCausalLM", "AutoModelForImageTextToText" if _is_inside_wrapper(sites) else "AutoModelForCausalLM"
+        ),
         _history_section(provenance.history),
         _size_section(provenance.manifest),
         _score_section(provenance.scores, provenance.manifest),
@@ -68,6 +70,10 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         _licence_section(provenance.licence),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _is_inside_wrapper(sites: Sequence[Site]) -> bool:
+    return ".language_model." in sites[0].name
 
 
 def _written_layout(provenance: Provenance, sites: Sequence[Site]) -> str:

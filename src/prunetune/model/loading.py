@@ -19,10 +19,11 @@ from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArc
 from prunetune.model.checksums import verify_checksums
 from prunetune.model.config_checks import (
     CORRECT_CONFIG,
+    auto_class,
     check_config_values,
     check_per_layer_keys,
     quantised_error,
-    raise_if_multimodal,
+    raise_if_unknown_inside,
     raise_if_unprunable,
     raise_unless_causal_lm,
 )
@@ -170,8 +171,6 @@ def load_model_and_tokenizer(
 
     `dequantize`: FP8 and MXFP4 weights become plain ones, also on a GPU that multiplies them as they are.
     """
-    from transformers import AutoModelForCausalLM
-
     path = resolve_model_path(name)
     verify_checksums(Path(path))
     config = load_config(name, trust_remote_code=trust_remote_code)
@@ -180,7 +179,7 @@ def load_model_and_tokenizer(
     was_quantised = hasattr(config, "quantization_config")
     checked = _read_headers(name, config, trust_remote_code=trust_remote_code)
     with reading_model_files(f"model {name}: cannot be loaded", "check the files, or fetch them again"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -209,7 +208,7 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     raise_if_unprunable(name, _config_values(name))
     config = load_config(name, trust_remote_code=trust_remote_code)
-    raise_if_multimodal(name, config)
+    raise_if_unknown_inside(name, config)
     _ask_to_dequantize(config)
     if (files := weight_files(name)) and (unread := set(files[0].parent.glob("*.safetensors")) - set(files)):
         log.warning("%s: not read, nor by transformers: %s", name, ", ".join(sorted(file.name for file in unread)))
@@ -225,11 +224,10 @@ def _ask_to_dequantize(config: Any) -> None:
 def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """The model in float32, with weights on the meta device and buffers in memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = load_meta_model(name, trust_remote_code=trust_remote_code).config  # knows whether the head is tied
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -240,8 +238,6 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     Its configuration says whether the head is tied by what the files hold, as transformers 5 reads them; other runtimes
     go by config.json. Without .safetensors files nothing is checked.
     """
-    from transformers import AutoModelForCausalLM
-
     raise_unless_causal_lm(name, config)
     stored_dtypes: dict[str, str] = {}
     for file in weight_files(name):
@@ -255,9 +251,9 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
         if not stored_dtypes:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         with quiet_transformers():  # what does not fit is refused here, in one line
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 resolve_model_path(name),
                 config=copy.deepcopy(config),
                 dtype="auto",
@@ -308,6 +304,14 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def processor_files(name: str) -> list[Path]:
+    """The files of a multimodal model that say how its images are read."""
+    path = Path(resolve_model_path(name))
+    names = [f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "image_processor")]
+    files = [path / file if path.is_dir() else cached_hub_file(name, file) for file in names]
+    return [file for file in files if file and file.is_file()]
 
 
 def checkpoint_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
