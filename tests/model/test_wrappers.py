@@ -55,6 +55,25 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "image_token_index": IMAGE,
     },
+    "smolvlm": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION,
+        "image_token_id": IMAGE,
+        "scale_factor": 1,
+    },
+    "qwen2_vl": {
+        "text_config": TEXT | MROPE | {"hidden_size": 64},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "patch_size": 14},
+        "image_token_id": IMAGE,
+    },
+    "qwen3_vl": {
+        "text_config": TEXT | MROPE,
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 14,
+            "out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        },
+        "image_token_id": IMAGE,
+    },
     "qwen2_5_vl": {
         "text_config": TEXT | MROPE | {"hidden_size": 64},
         "vision_config": QWEN_VISION | {"out_hidden_size": 64},
@@ -82,10 +101,14 @@ def with_image(kind: str, seed: int = 0) -> dict[str, Any]:
     if kind == "mistral3":
         pixels = torch.randn(1, 3, 56, 56, generator=generator)
         inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[56, 56]])}
-    if kind == "qwen2_5_vl":
+    if kind == "smolvlm":
+        inputs = {"pixel_values": pixels[None]}
+    if kind.startswith("qwen"):
         pixels, pieces = torch.randn(4, 3 * 2 * 14 * 14, generator=generator), 1
         inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 2]])}
     ids = torch.tensor([[1, 5, *[IMAGE] * pieces, 9, 10, 11, 12]])
+    if kind in ("qwen2_vl", "qwen3_vl"):
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -103,7 +126,7 @@ def test_text_model_is_pruned_inside_its_wrapper(kind: str, tmp_path: Path) -> N
     sites = find_sites(load_meta_model(str(tmp_path / "dense")))
     assert {site.layer for site in sites} == {0, 1, 2}
     assert {str(site.kind) for site in sites} == {"attention", "mlp"}
-    assert all(".language_model." in name for name in lora_target_modules(dense))
+    assert all(".language_model." in name or ".text_model." in name for name in lora_target_modules(dense))
     generator = torch.Generator().manual_seed(1)
     scores = {site.name: torch.rand(site.units, generator=generator) for site in sites}
     constraints = PlanConstraints("uniform", align=8, allows_groups=kv_groups_validator(dense.config))
@@ -123,7 +146,7 @@ def test_text_model_is_pruned_inside_its_wrapper(kind: str, tmp_path: Path) -> N
     assert opened.num_parameters() < dense.num_parameters()
     assert relative(logits(opened, inputs), expected) <= 1e-5
     for name, tensor in opened.state_dict().items():
-        if ".language_model.layers." not in name:
+        if ".language_model.layers." not in name and ".text_model.layers." not in name:
             assert torch.equal(tensor, whole[name]), name
 
 

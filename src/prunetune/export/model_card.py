@@ -73,7 +73,7 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
 
 
 def _is_inside_wrapper(sites: Sequence[Site]) -> bool:
-    return ".language_model." in sites[0].name
+    return any(f".{part}." in sites[0].name for part in ("language_model", "text_model"))
 
 
 def _written_layout(provenance: Provenance, sites: Sequence[Site]) -> str:

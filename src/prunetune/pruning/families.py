@@ -113,8 +113,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Text models that exist only inside multimodal models, and the family whose layers they have.
-INSIDE_WRAPPERS = {"qwen2_5_vl_text": "qwen2"}
+# Text models that exist only inside multimodal models.
+INSIDE_WRAPPERS = {
+    "qwen2_vl_text": Family(),
+    "qwen2_5_vl_text": Family(),
+    "qwen3_vl_text": Family(
+        tp_plan=ATTENTION_PLAN
+        | {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+    ),
+}
 MODEL_TYPE_PREFIX = "pruned_"  # of the model_type of a result of layout per-layer
 
 
@@ -166,7 +173,7 @@ class ArchitectureInfo:
 def get_family(config: Any) -> Family:
     """The entry in `FAMILIES`, of a multimodal model its text model's; raises `UnknownArchitecture` without one."""
     model_type = config.get_text_config().model_type.removeprefix(MODEL_TYPE_PREFIX)
-    family = FAMILIES.get(INSIDE_WRAPPERS.get(model_type, model_type))
+    family = FAMILIES.get(model_type) or INSIDE_WRAPPERS.get(model_type)
     if family is None:
         raise UnknownArchitecture(
             f"architecture {model_type!r} is not known; known are {', '.join(FAMILIES)}; "
