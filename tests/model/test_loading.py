@@ -145,7 +145,11 @@ def test_quantised_checkpoint_is_refused_before_it_is_opened(method: str, tmp_pa
     folder = model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     quantised = {"quant_method": method} if method else {"load_in_4bit": True}
-    for changes in ({"quantization_config": quantised}, {"compression_config": quantised}, {"text_config": {"quantization_config": quantised}}):
+    for changes in (
+        {"quantization_config": quantised},
+        {"compression_config": quantised},
+        {"text_config": {"quantization_config": quantised}},
+    ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=f"quantised by {method or 'bitsandbytes'} .*: name the unquantised model"):
             load_meta_model(str(folder))

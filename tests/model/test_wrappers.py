@@ -69,8 +69,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {
         "text_config": TEXT | MROPE,
         "vision_config": {
-            "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 14,
-            "out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 14,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
         },
         "image_token_id": IMAGE,
     },
@@ -166,5 +172,7 @@ def test_run_of_a_multimodal_model_writes_one(tmp_path: Path) -> None:
     assert json.loads((exported.path / "config.json").read_text())["text_config"] == config["text_config"]
     with pytest.raises(ConfigError, match=r"^gguf of a multimodal model \(gemma3\) is not written: use --to uniform"):
         export_run(tmp_path / "run", to="gguf")
-    with pytest.raises(ConfigError, match=r"layout per-layer is not written inside a multimodal model .*set layout unif"):
+    with pytest.raises(
+        ConfigError, match=r"layout per-layer is not written inside a multimodal model .*set layout unif"
+    ):
         prepare(recipe(tmp_path, tmp_path / "dense", "other"), resume=False, console=SilentConsole())

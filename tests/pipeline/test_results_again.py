@@ -160,7 +160,7 @@ def test_layout_uniform_of_a_result_whose_layers_differ_is_refused(tmp_path: Pat
     folder, model = write_model_and_rows(tmp_path, 12), speaker()
     sites, plan = find_sites(model), random_plan(model)
     write_checkpoint(cut(model, plan), characters(), plan, sites, tmp_path / "first", layout="per-layer", card="")
-    with pytest.raises(ConfigError, match="layout uniform needs equal layers, .*: set layout per-layer"):
+    with pytest.raises(ConfigError, match=r"layout uniform needs equal layers, .*: set layout per-layer"):
         prepare(recipe(folder, tmp_path / "first", "run", layout="uniform"), resume=False, console=SilentConsole())
 
 

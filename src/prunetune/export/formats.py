@@ -16,8 +16,8 @@ from prunetune.export.onnx import export_onnx
 from prunetune.export.quantize import SCHEMES, export_quantized
 from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
-from prunetune.model.config_checks import is_multimodal
 from prunetune.model.checksums import write_checksums
+from prunetune.model.config_checks import is_multimodal
 from prunetune.utils.files import PARTIAL, expand_path, explain_write_errors, require_disk_space, write_text
 
 # Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another

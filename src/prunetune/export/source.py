@@ -154,7 +154,9 @@ class ExportSource:
         """
         register_folder(self.folder)
         with reading_model_files(f"{self.folder} cannot be opened", "write the model again"):
-            loaded = auto_class(self.config).from_pretrained(self.folder, dtype=dtype, trust_remote_code=False, **options)
+            loaded = auto_class(self.config).from_pretrained(
+                self.folder, dtype=dtype, trust_remote_code=False, **options
+            )
         return (loaded if options else loaded.requires_grad_(False)).eval()
 
     @cached_property

@@ -98,7 +98,7 @@ def auto_class(config: Any) -> Any:
 
 
 def raise_unless_causal_lm(name: str, config: Any) -> None:
-    """Raises `ModelError` where transformers has no causal language model of this configuration, nor one with images."""
+    """Raises `ModelError` where transformers has no causal language model of this configuration, with images or not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     has_own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})

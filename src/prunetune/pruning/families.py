@@ -118,8 +118,7 @@ INSIDE_WRAPPERS = {
     "qwen2_vl_text": Family(),
     "qwen2_5_vl_text": Family(),
     "qwen3_vl_text": Family(
-        tp_plan=ATTENTION_PLAN
-        | {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        tp_plan=ATTENTION_PLAN | {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
     ),
 }
 MODEL_TYPE_PREFIX = "pruned_"  # of the model_type of a result of layout per-layer
@@ -147,7 +146,11 @@ def head_counts(config: Any, layer: int = 0) -> HeadCounts:
     queries = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or queries
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return HeadCounts(0, 0, head_dim) if "attention" in getattr(config, "skip", ()) else HeadCounts(queries, groups, head_dim)
+    return (
+        HeadCounts(0, 0, head_dim)
+        if "attention" in getattr(config, "skip", ())
+        else HeadCounts(queries, groups, head_dim)
+    )
 
 
 def num_experts_key(config: Any) -> str:
