@@ -17,6 +17,7 @@ from prunetune.model.history import HISTORY_FILE, PruningRun, format_history
 from prunetune.model.per_layer_code import build_meta_model, write_code
 from prunetune.model.per_layer_config import PerLayerNames, per_layer_overrides
 from prunetune.plan import Plan
+from prunetune.pruning.families import MODEL_TYPE_PREFIX
 from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers
 from prunetune.utils.files import atomic_folder
 
@@ -55,7 +56,7 @@ def write_checkpoint(
     `history`: the runs that pruned the model, this one last.
     `shards`: a folder of finished weight files, which are moved into the checkpoint; `model` then has no weights.
     """
-    is_per_layer = model.config.is_heterogeneous
+    is_per_layer = model.config.model_type.startswith(MODEL_TYPE_PREFIX)
     layout = "per-layer" if is_per_layer else effective_layout(layout, sites)
     config = uniform_config_from_plan(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with atomic_folder(folder) as partial:

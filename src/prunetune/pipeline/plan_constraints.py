@@ -17,6 +17,7 @@ from prunetune.errors import ConfigError
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.model.config_checks import is_multimodal
 from prunetune.pipeline.budget_preview import budget_usage_lines
+from prunetune.pruning.families import MODEL_TYPE_PREFIX
 from prunetune.pruning.units import Site, UnitKind, effective_layout
 from prunetune.runs.folder import RunFolder
 from prunetune.search.feasibility import uniform_scores, with_limits
@@ -65,7 +66,7 @@ def _raise_if_not_representable(
             f"layout per-layer is not written inside a multimodal model ({model_config.model_type}): set layout uniform"
         )
     if config.layout == "uniform":
-        if model_config.is_heterogeneous:
+        if model_config.model_type.startswith(MODEL_TYPE_PREFIX):
             raise ConfigError("layout uniform needs equal layers, and this model's differ: set layout per-layer")
         if UnitKind.MLP_CHANNEL in kinds:
             mlp_width_option(model_config)
