@@ -19,7 +19,9 @@ ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 # PEFT reads a property that transformers deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Setting `save_emb:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Setting `save_emb:UserWarning"
+)
 
 
 @pytest.fixture

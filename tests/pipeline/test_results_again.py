@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from prunetune import Plan, cut, find_sites, masked
-from prunetune.config.recipe import from_mapping
-from prunetune.errors import ConfigError
+from prunetune.errors import ConfigError, ModelError
 from prunetune.export import selfcheck
 from prunetune.export.checkpoint import WrittenCheckpoint, write_checkpoint
 from prunetune.export.formats import ExportOptions, export_run
@@ -19,12 +18,13 @@ from prunetune.export.gguf import llamacpp
 from prunetune.export.selfcheck import compute_logits
 from prunetune.export.source import ExportSource
 from prunetune.model.history import PruningRun
-from prunetune.model.loading import load_model_and_tokenizer
+from prunetune.model.loading import load_meta_model, load_model_and_tokenizer
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.run import run
 from prunetune.pruning.remaining_sites import plan_within
 from prunetune.pruning.units import dense_plan
 from prunetune.utils.console import SilentConsole
+from support.again import recipe
 from support.data import subwords
 from support.evaluation import characters, speaker, write_model_and_rows
 from support.export import plan_of, reference_here
@@ -74,23 +74,6 @@ def test_pruned_twice_equals_pruned_by_the_composed_plan_to_the_bit(family: str,
     assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
     values = json.loads((tmp_path / "second" / "config.json").read_text())
     assert values["model_type"] == f"pruned_{family}"
-
-
-def recipe(folder: Path, model: Path, out: str, **changes: Any) -> Any:
-    """A run of two steps without a teacher."""
-    values = {
-        "model": str(model),
-        "out": str(folder / out),
-        "device": "cpu",
-        "dtype": "float32",
-        "data": {"train": [str(folder / "rows.jsonl")]},
-        "budget": {"keep": 0.8, "align": 8},
-        "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3},
-        "search": {"init_batches": 1},
-        "distill": {"teacher": "none"},
-        "evaluate": {"dense_tuned": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 2},
-    }
-    return from_mapping(values | changes)
 
 
 def uniform_plan(model: Any) -> Plan:
@@ -147,11 +130,37 @@ def test_result_is_pruned_again_and_its_card_tells_both_runs(layout: str, tmp_pa
             assert "## History" in (result.path / "README.md").read_text()
 
 
+def test_per_layer_model_of_another_tool_is_pruned(tmp_path: Path) -> None:
+    """It has transformers' `per_layer_config` under the stock model type, and no code."""
+    model = tiny(layers=4)
+    sites, plan = find_sites(model), random_plan(model)
+    write_checkpoint(cut(model, plan), subwords(), plan, sites, tmp_path / "other", layout="per-layer", card="")
+    file = tmp_path / "other" / "config.json"
+    values = json.loads(file.read_text())
+    del values["auto_map"]
+    values |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    file.write_text(json.dumps(values))
+    for name in ("configuration_pruned.py", "modeling_pruned.py", "plan.json", "SHA256SUMS"):
+        (tmp_path / "other" / name).unlink()
+    opened = load_model_and_tokenizer(str(tmp_path / "other"), **ON_CPU).model
+    assert relative(compute_logits(opened, tokens()), compute_logits(model, tokens())) <= 1e-6
+    left = find_sites(load_meta_model(str(tmp_path / "other")))
+    again = random_plan(opened, seed=4)
+    expected = compute_logits(cut(opened, again, sites=left), tokens())
+    write_checkpoint(opened, subwords(), again, left, tmp_path / "result", layout="per-layer", card="")
+    reopened = load_model_and_tokenizer(str(tmp_path / "result"), **ON_CPU).model
+    assert relative(compute_logits(reopened, tokens()), expected) <= 1e-6
+    for change, named in (({"hidden_size": 96}, "hidden_size"), ({"skip": ["norm"]}, "norm")):
+        file.write_text(json.dumps(values | {"per_layer_config": {"0": change}}))
+        with pytest.raises(ModelError, match=f"per_layer_config names {named}, and layers may differ here in"):
+            load_meta_model(str(tmp_path / "other"))
+
+
 def test_layout_uniform_of_a_result_whose_layers_differ_is_refused(tmp_path: Path) -> None:
     folder, model = write_model_and_rows(tmp_path, 12), speaker()
     sites, plan = find_sites(model), random_plan(model)
     write_checkpoint(cut(model, plan), characters(), plan, sites, tmp_path / "first", layout="per-layer", card="")
-    with pytest.raises(ConfigError, match="layout uniform needs equal layers, .*: set layout per-layer"):
+    with pytest.raises(ConfigError, match=r"layout uniform needs equal layers, .*: set layout per-layer"):
         prepare(recipe(folder, tmp_path / "first", "run", layout="uniform"), resume=False, console=SilentConsole())
 
 

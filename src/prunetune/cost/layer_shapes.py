@@ -139,7 +139,7 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
 
 def sliding_windows(model: Any) -> list[int]:
     """Tokens that the cache of each layer holds at most, as `transformers` makes it; 0: all."""
-    cache, layers = DynamicCache(config=model.config), model.config.num_hidden_layers
+    cache, layers = DynamicCache(config=model.config), model.config.get_text_config().num_hidden_layers
     windows = [int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers]
     return windows if len(windows) == layers else [0] * layers
 

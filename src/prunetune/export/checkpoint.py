@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from prunetune.model.history import HISTORY_FILE, PruningRun, format_history
 from prunetune.model.per_layer_code import build_meta_model, write_code
 from prunetune.model.per_layer_config import PerLayerNames, per_layer_overrides
 from prunetune.plan import Plan
+from prunetune.pruning.families import MODEL_TYPE_PREFIX
 from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers
 from prunetune.utils.files import atomic_folder
 
@@ -44,15 +46,18 @@ def write_checkpoint(
     card: str,
     shards: Path | None = None,
     end_token: int | None = None,
+    processor_files: Sequence[Path] = (),
     history: Sequence[PruningRun] = (),
 ) -> WrittenCheckpoint:
     """Write `model`, already cut by `plan`, completely or not at all. Tensors keep their dtype.
 
     `end_token`: a token that ends an answer, added to those of the model's generation settings.
+    `processor_files`: of a multimodal model, copied as they are.
     `history`: the runs that pruned the model, this one last.
     `shards`: a folder of finished weight files, which are moved into the checkpoint; `model` then has no weights.
     """
-    layout = "per-layer" if model.config.is_heterogeneous else effective_layout(layout, sites)
+    is_per_layer = model.config.model_type.startswith(MODEL_TYPE_PREFIX)
+    layout = "per-layer" if is_per_layer else effective_layout(layout, sites)
     config = uniform_config_from_plan(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with atomic_folder(folder) as partial:
         if layout == "uniform":
@@ -72,6 +77,8 @@ def write_checkpoint(
         if end_token is not None:
             add_end_token(partial / "generation_config.json", end_token, tokenizer.eos_token_id)
         tokenizer.save_pretrained(partial)
+        for file in processor_files:
+            shutil.copyfile(file, partial / file.name)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
         if history:
@@ -80,7 +87,7 @@ def write_checkpoint(
     files = list(folder.rglob("*.safetensors"))
     return WrittenCheckpoint(
         folder=folder,
-        architecture=config.architectures[0] if layout == "uniform" else PerLayerNames.from_model(model).model_class,
+        architecture=type(target).__name__ if layout == "uniform" else PerLayerNames.from_model(model).model_class,
         layout=layout,
         needs_code=layout != "uniform",
         params=sum(parameter.numel() for parameter in model.parameters()),

@@ -17,6 +17,7 @@ from prunetune.export.quantize import SCHEMES, export_quantized
 from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
 from prunetune.model.checksums import write_checksums
+from prunetune.model.config_checks import is_multimodal
 from prunetune.utils.files import PARTIAL, expand_path, explain_write_errors, require_disk_space, write_text
 
 # Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another
@@ -97,6 +98,8 @@ def export_run(
 
 def _check_options(to: str, source: ExportSource, options: ExportOptions) -> None:
     """Raises `ConfigError` for options that the format, or this model in it, cannot have."""
+    if to in ("gguf", "onnx") and is_multimodal(source.config):
+        raise ConfigError(f"{to} of a multimodal model ({source.config.model_type}) is not written: use --to uniform")
     dtypes = EXPORT_FORMATS[to].dtypes
     if options.dtype not in dtypes:
         raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, dtypes))}")

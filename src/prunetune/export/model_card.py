@@ -60,7 +60,10 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         _front_matter(provenance),
         f"# {markdown_text(provenance.config.model)}, tuned and pruned",
         _summary(provenance, plan, sites),
-        _usage_section(_written_layout(provenance, sites)),
+        _usage_section(_written_layout(provenance, sites)).replace(
+            "AutoModelForCausalLM",
+            "AutoModelForImageTextToText" if _is_inside_wrapper(sites) else "AutoModelForCausalLM",
+        ),
         _history_section(provenance.history),
         _size_section(provenance.manifest),
         _score_section(provenance.scores, provenance.manifest),
@@ -70,10 +73,18 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
+def _is_inside_wrapper(sites: Sequence[Site]) -> bool:
+    return any(f".{part}." in sites[0].name for part in ("language_model", "text_model"))
+
+
 def _written_layout(provenance: Provenance, sites: Sequence[Site]) -> str:
     """The layout of the folder: of a model whose layers differ already, per-layer."""
     before = provenance.history[:-1]
-    return "per-layer" if before and before[-1].layout == "per-layer" else effective_layout(provenance.config.layout, sites)
+    return (
+        "per-layer"
+        if before and before[-1].layout == "per-layer"
+        else effective_layout(provenance.config.layout, sites)
+    )
 
 
 def _history_section(history: Sequence[PruningRun]) -> str:

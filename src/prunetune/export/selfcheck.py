@@ -24,11 +24,13 @@ LIMIT = 1e-4  # largest relative difference of logits, float32
 READER = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 folder, tokens, logits, code, scratch = sys.argv[1:]
 # With a scratch folder: weights stay in their files, and are read as they are needed.
 options = {"device_map": {"": "disk"}, "offload_folder": scratch} if scratch else {}
-model = AutoModelForCausalLM.from_pretrained(
+config = AutoConfig.from_pretrained(folder, trust_remote_code=code == "code")
+auto = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+model = auto.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=code == "code", **options
 ).eval()
 with torch.inference_mode():

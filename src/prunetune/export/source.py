@@ -16,7 +16,7 @@ from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ModelError
 from prunetune.export.checkpoint import edit_json
 from prunetune.export.source_checks import check_source
-from prunetune.model.config_checks import check_config_values
+from prunetune.model.config_checks import auto_class, check_config_values
 from prunetune.model.per_layer_classes import register_folder
 from prunetune.model.per_layer_code import build_meta_model, write_code
 from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
@@ -105,10 +105,10 @@ class ExportSource:
     def layer_widths(self) -> tuple[LayerWidths, ...]:
         """The heads and MLP channels of each layer."""
         heads, mlp_option = head_counts(self.config), width_option_names(self.config)["mlp"]
-        dense = LayerWidths(heads.query_heads, heads.kv_heads, getattr(self.config, mlp_option, 0))
+        dense = LayerWidths(heads.query_heads, heads.kv_heads, getattr(self.config.get_text_config(), mlp_option, 0))
         per_layer = self.config_json.get("per_layer_config") or {}
         widths = []
-        for index in range(self.config.num_hidden_layers):
+        for index in range(self.config.get_text_config().num_hidden_layers):
             layer = per_layer.get(f"{index:02d}", {})
             skipped = layer.get("skip", ())
             query_heads, kv_heads, mlp_channels = 0, 0, 0
@@ -152,11 +152,11 @@ class ExportSource:
 
         Without options its parameters are frozen. Raises `ModelError` if it does not open.
         """
-        from transformers import AutoModelForCausalLM
-
         register_folder(self.folder)
         with reading_model_files(f"{self.folder} cannot be opened", "write the model again"):
-            loaded = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, trust_remote_code=False, **options)
+            loaded = auto_class(self.config).from_pretrained(
+                self.folder, dtype=dtype, trust_remote_code=False, **options
+            )
         return (loaded if options else loaded.requires_grad_(False)).eval()
 
     @cached_property
@@ -206,7 +206,7 @@ class ExportSource:
     def probe_tokens(self) -> torch.Tensor:
         """[2, 32] token ids for a self-check: spread over the vocabulary, always the same."""
         rng = torch.Generator().manual_seed(0)
-        return torch.randint(self.config.vocab_size, (2, PROBE_LENGTH), generator=rng)
+        return torch.randint(self.config.get_text_config().vocab_size, (2, PROBE_LENGTH), generator=rng)
 
 
 @dataclass(frozen=True)

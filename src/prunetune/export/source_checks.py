@@ -48,7 +48,7 @@ def _check_widths(source: ExportSource) -> None:
     plan_widths = source.plan.widths() if source.plan else {}
     if any(":" in name for name in plan_widths):  # of blocks, layers or experts, which `source.sites` does not have
         plan_widths = {}
-    is_planned = {site.name for site in source.sites}
+    is_of_another_model = bool(plan_widths) and not any(site.name in plan_widths for site in source.sites)
     for site in source.sites:
         layer = source.layer_widths[site.layer]
         if site.kind is UnitKind.KV_GROUP:
@@ -56,7 +56,7 @@ def _check_widths(source: ExportSource) -> None:
         else:
             units = columns = layer.mlp_channels
         # A run that prunes other kinds, or a model that has lost this block before, has no such site.
-        if plan_widths.get(site.name, units) != units or plan_widths and not is_planned.intersection(plan_widths):
+        if plan_widths.get(site.name, units) != units or is_of_another_model:
             raise PlanError(
                 f"{source.folder}/plan.json keeps {plan_widths.get(site.name, 'no')} units at {site.name} and "
                 f"config.json says {units}: the plan is of another model; put back the plan.json of this one"

@@ -5,6 +5,7 @@ What a class accepts is asked before training, so that no run ends with a checkp
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,17 @@ def shrink_config(
     """
     from transformers import CONFIG_MAPPING
 
+    if (text := config.get_text_config()) is not config:  # inside a multimodal model
+        wrapper = copy.deepcopy(config)
+        wrapper.text_config = shrink_config(
+            text,
+            kv_groups,
+            mlp_channels,
+            queries_per_kv_head=queries_per_kv_head,
+            experts=experts,
+            expert_channels=expert_channels,
+        )
+        return wrapper
     values, dense = config.to_dict(), head_counts(config)
     kv_heads = dense.kv_heads if kv_groups is None else kv_groups
     heads = kv_heads * (queries_per_kv_head or dense.queries_per_kv_head)
@@ -138,7 +150,7 @@ def mlp_width_option(config: Any) -> str:
     return option
 
 
-def _causal_class(config: Any) -> str:
+def _causal_class(config: Any) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # type: ignore[no-any-return]

@@ -62,7 +62,9 @@ def _merge(name: str, base: str, folder: Path, merged: Path) -> None:
 
     loaded = load_model_and_tokenizer(base, device=torch.device("cpu"), dtype=torch.float32)
     model: Any = loaded.model
-    with reading_model_files(f"model {name}: an adapter that does not fit {base}", "name its own base, or save it again"):
+    with reading_model_files(
+        f"model {name}: an adapter that does not fit {base}", "name its own base, or save it again"
+    ):
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 - no mapping
         rows = [shape[0] for key, shape in shapes.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.pruning.families import FAMILIES
+from prunetune.pruning.families import FAMILIES, INSIDE_WRAPPERS, MODEL_TYPE_PREFIX
 from prunetune.utils.untrusted import short_repr
 
 CORRECT_CONFIG = "correct config.json, or fetch it again"
@@ -44,6 +44,18 @@ def check_config_values(name: str, values: Mapping[str, Any], *, trust_remote_co
                 raise _wrong_value(name, key, part, f"{largest} or less")
 
 
+def check_per_layer_keys(name: str, values: Mapping[str, Any]) -> None:
+    """Raises `ModelError` for a `per_layer_config` of another tool that says more than how wide layers are."""
+    family = FAMILIES[values["model_type"]]
+    known = {"num_attention_heads", "num_key_value_heads", family.intermediate_size_key, "skip"}
+    for layer in values["per_layer_config"].values():
+        if unknown := set(layer) - known or set(layer.get("skip", ())) - {"attention", "mlp"}:
+            raise ModelError(
+                f"model {name}: per_layer_config names {min(unknown)}, and layers may differ here in "
+                f"{', '.join(sorted(known))} (attention, mlp) alone: name the model that it was made from"
+            )
+
+
 def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) -> ModelError:
     return ModelError(
         f"model {name}: config.json: {key} is {short_repr(values[key])}, and must be {accepted}; {CORRECT_CONFIG}"
@@ -70,26 +82,43 @@ def quantised_error(name: str, how: str) -> ModelError:
     )
 
 
+def is_multimodal(config: Any) -> bool:
+    """Whether the language model lies inside another model that takes images, by a class of transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    is_inside = config.get_text_config() is not config
+    return is_inside and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that opens a model of this configuration whole."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+
+
 def raise_unless_causal_lm(name: str, config: Any) -> None:
-    """Raises `ModelError` where transformers has no causal language model of this configuration."""
+    """Raises `ModelError` where transformers has no causal language model of this configuration, with images or not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     has_own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_class:
-        return
-    if getattr(config, "is_encoder_decoder", False):
+    model_type = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if getattr(config, "is_encoder_decoder", False) and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"model {name}: {config.model_type!r} has an encoder: name a decoder, a causal language model")
-    raise_if_multimodal(name, config)
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_own_class or is_multimodal(config):
+        return
+    raise_if_unknown_inside(name, config)
     raise ModelError(f"model {name}: {config.model_type!r} is no causal language model: name one")
 
 
-def raise_if_multimodal(name: str, config: Any) -> None:
-    """Raises `ModelError` where the language model lies inside another model, with images or sounds around it."""
+def raise_if_unknown_inside(name: str, config: Any) -> None:
+    """Raises `ModelError` for a multimodal model that takes no images, or whose language model cannot be pruned."""
     text = config.get_text_config()
-    if text is config:
+    is_known = text.model_type in FAMILIES or text.model_type in INSIDE_WRAPPERS
+    if text is config or (is_known and is_multimodal(config)):
         return
-    advice = "save its language model by itself, as docs/quickstart.md says, and name that folder"
-    if text.model_type not in FAMILIES:
+    advice = "save its language model by itself, and name that folder"
+    if not is_known:
         advice = f"which cannot be pruned either; can be: {', '.join(FAMILIES)}"
     raise ModelError(
         f"model {name}: {config.model_type!r} is a multimodal model, with the language model {text.model_type!r} "

@@ -19,16 +19,19 @@ from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArc
 from prunetune.model.checksums import verify_checksums
 from prunetune.model.config_checks import (
     CORRECT_CONFIG,
+    auto_class,
     check_config_values,
+    check_per_layer_keys,
     quantised_error,
-    raise_if_multimodal,
+    raise_if_unknown_inside,
     raise_if_unprunable,
     raise_unless_causal_lm,
 )
 from prunetune.model.gguf_import import dequantize_gguf
 from prunetune.model.hub_revision import fetch_revision, split_revision
-from prunetune.model.per_layer_classes import register_folder
+from prunetune.model.per_layer_classes import register_family, register_folder
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
+from prunetune.pruning.families import FAMILIES
 from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
@@ -174,8 +177,6 @@ def load_model_and_tokenizer(
 
     `dequantize`: FP8 and MXFP4 weights become plain ones, also on a GPU that multiplies them as they are.
     """
-    from transformers import AutoModelForCausalLM
-
     path = resolve_model_path(name)
     verify_checksums(Path(path))
     config = load_config(name, trust_remote_code=trust_remote_code)
@@ -184,7 +185,7 @@ def load_model_and_tokenizer(
     was_quantised = hasattr(config, "quantization_config")
     checked = _read_headers(name, config, trust_remote_code=trust_remote_code)
     with reading_model_files(f"model {name}: cannot be loaded", "check the files, or fetch them again"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -213,7 +214,7 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     raise_if_unprunable(name, _config_values(name))
     config = load_config(name, trust_remote_code=trust_remote_code)
-    raise_if_multimodal(name, config)
+    raise_if_unknown_inside(name, config)
     _ask_to_dequantize(config)
     if (files := weight_files(name)) and (unread := set(files[0].parent.glob("*.safetensors")) - set(files)):
         log.warning("%s: not read, nor by transformers: %s", name, ", ".join(sorted(file.name for file in unread)))
@@ -229,11 +230,10 @@ def _ask_to_dequantize(config: Any) -> None:
 def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """The model in float32, with weights on the meta device and buffers in memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = load_meta_model(name, trust_remote_code=trust_remote_code).config  # knows whether the head is tied
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -244,8 +244,6 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     Its configuration says whether the head is tied by what the files hold, as transformers 5 reads them; other runtimes
     go by config.json. Without .safetensors files nothing is checked.
     """
-    from transformers import AutoModelForCausalLM
-
     raise_unless_causal_lm(name, config)
     stored_dtypes: dict[str, str] = {}
     for file in weight_files(name):
@@ -259,9 +257,9 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
         if not stored_dtypes:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         with quiet_transformers():  # what does not fit is refused here, in one line
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 resolve_model_path(name),
                 config=copy.deepcopy(config),
                 dtype="auto",
@@ -312,6 +310,14 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def processor_files(name: str) -> list[Path]:
+    """The files of a multimodal model that say how its images are read."""
+    path = Path(resolve_model_path(name))
+    names = [f"{part}_config.json" for part in ("processor", "preprocessor", "video_preprocessor", "image_processor")]
+    files = [path / file if path.is_dir() else cached_hub_file(name, file) for file in names]
+    return [file for file in files if file and file.is_file()]
 
 
 def checkpoint_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -379,6 +385,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     values = _config_values(name)
     check_config_values(name, values, trust_remote_code=trust_remote_code)
     with reading_model_files(f"model {name}: config.json", CORRECT_CONFIG):
+        if values.get("per_layer_config") and values.get("model_type") in FAMILIES:  # another tool's per-layer model
+            check_per_layer_keys(name, values)
+            config_class = register_family(values["model_type"])[0]
+            return config_class.from_dict(values | {"model_type": config_class.model_type})
         try:
             config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
         except ValueError as broken:
@@ -400,19 +410,21 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer, and set a padding token of the model's vocabulary; raises `ModelError` if it has no tokens."""
     from transformers import AutoTokenizer
 
+    config = load_config(name, trust_remote_code=trust_remote_code)
     with reading_model_files(
         f"model {name}: no tokenizer found",
         "save tokenizer.json and the tokenizer's other files into the model's folder",
     ):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model_path(name), config=config, trust_remote_code=trust_remote_code
+        )
         has_tokens = bool(tokenizer("a")["input_ids"])
     if not has_tokens:  # made from a configuration alone
         raise ModelError(
             f"model {name}: its tokenizer has no vocabulary: save tokenizer.json and the tokenizer's other files into "
             "its folder"
         )
-    config = load_config(name, trust_remote_code=trust_remote_code).get_text_config()
-    vocab_size = getattr(config, "vocab_size", math.inf)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", math.inf)
     # A padding token beyond the vocabulary was added without resizing the model.
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prunetune.errors import ModelError
+from prunetune.model.config_checks import auto_class
 from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
 from prunetune.model.per_layer_templates import (
     CONFIGURATION_TEMPLATE,
@@ -32,11 +33,9 @@ from prunetune.pruning.units import DEFAULT_UNITS, Site, UnitKind
 
 
 def build_meta_model(config: Any) -> Any:
-    """A causal language model of a stock class, without weights (on the meta device)."""
-    from transformers import AutoModelForCausalLM
-
+    """A causal language model of a stock class, or one with images around it, without weights (on the meta device)."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return auto_class(config).from_config(config, trust_remote_code=False)
 
 
 def write_code(folder: Path) -> None:

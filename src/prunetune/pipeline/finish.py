@@ -18,7 +18,7 @@ from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.streamed_cut import StreamedModel, WeightMerger, cut_streamed
 from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
-from prunetune.model.loading import load_empty_model, open_safetensors
+from prunetune.model.loading import load_empty_model, open_safetensors, processor_files
 from prunetune.pipeline.card_facts import pruning_history, render_card
 from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
@@ -95,6 +95,7 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
         layout=context.config.layout,
         card=render_card(context.folder, context.reported_config, state.plan, context.sites),
         shards=pruned.shards,
+        processor_files=processor_files(context.config.model),
         history=pruning_history(context.folder, context.reported_config, state.plan, context.sites),
         end_token=chat_stop_id(context.tokenizer) if has_chats else None,
     )

@@ -15,8 +15,10 @@ from prunetune.cost.budget_limits import TIMED_BUDGETS, make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
 from prunetune.errors import ConfigError
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.model.config_checks import is_multimodal
 from prunetune.pipeline.budget_preview import budget_usage_lines
-from prunetune.pruning.units import Site, UnitKind
+from prunetune.pruning.families import MODEL_TYPE_PREFIX
+from prunetune.pruning.units import Site, UnitKind, effective_layout
 from prunetune.runs.folder import RunFolder
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
@@ -59,8 +61,12 @@ def _raise_if_not_representable(
             f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
             f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
         )
+    if is_multimodal(model_config) and effective_layout(config.layout, sites) != "uniform":
+        raise ConfigError(
+            f"layout per-layer is not written inside a multimodal model ({model_config.model_type}): set layout uniform"
+        )
     if config.layout == "uniform":
-        if model_config.is_heterogeneous:
+        if model_config.model_type.startswith(MODEL_TYPE_PREFIX):
             raise ConfigError("layout uniform needs equal layers, and this model's differ: set layout per-layer")
         if UnitKind.MLP_CHANNEL in kinds:
             mlp_width_option(model_config)

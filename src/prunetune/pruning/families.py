@@ -113,6 +113,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Text models that exist only inside multimodal models.
+INSIDE_WRAPPERS = {
+    "qwen2_vl_text": Family(),
+    "qwen2_5_vl_text": Family(),
+    "qwen3_vl_text": Family(
+        tp_plan=ATTENTION_PLAN | {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+    ),
+}
 MODEL_TYPE_PREFIX = "pruned_"  # of the model_type of a result of layout per-layer
 
 
@@ -134,16 +142,20 @@ def head_counts(config: Any, layer: int = 0) -> HeadCounts:
 
     Only of a model with `per_layer_config` do layers differ, and may lack attention.
     """
-    config = config.per_layer_config[layer]
+    config = config.get_text_config().per_layer_config[layer]
     queries = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or queries
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return HeadCounts(0, 0, head_dim) if "attention" in getattr(config, "skip", ()) else HeadCounts(queries, groups, head_dim)
+    return (
+        HeadCounts(0, 0, head_dim)
+        if "attention" in getattr(config, "skip", ())
+        else HeadCounts(queries, groups, head_dim)
+    )
 
 
 def num_experts_key(config: Any) -> str:
     """The configuration's own name for the number of experts."""
-    return str(config.attribute_map.get("num_experts", "num_experts"))
+    return str(config.get_text_config().attribute_map.get("num_experts", "num_experts"))
 
 
 @dataclass(frozen=True)
@@ -162,11 +174,12 @@ class ArchitectureInfo:
 
 
 def get_family(config: Any) -> Family:
-    """The entry in `FAMILIES`; raises `UnknownArchitecture` where there is none."""
-    family = FAMILIES.get(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    """The entry in `FAMILIES`, of a multimodal model its text model's; raises `UnknownArchitecture` without one."""
+    model_type = config.get_text_config().model_type.removeprefix(MODEL_TYPE_PREFIX)
+    family = FAMILIES.get(model_type) or INSIDE_WRAPPERS.get(model_type)
     if family is None:
         raise UnknownArchitecture(
-            f"architecture {config.model_type!r} is not known; known are {', '.join(FAMILIES)}; "
+            f"architecture {model_type!r} is not known; known are {', '.join(FAMILIES)}; "
             "docs/extend/family.md says what a new one takes"
         )
     return family
@@ -174,7 +187,7 @@ def get_family(config: Any) -> Family:
 
 def architecture_info(model: nn.Module) -> ArchitectureInfo:
     """Read a causal language model of `transformers`; raises `UnknownArchitecture` rather than guess."""
-    config = cast(Any, model).config
+    config = cast(Any, model).config.get_text_config()
     family = get_family(config)
     layer_prefixes = _layer_prefixes(model)
     layer_heads = tuple(head_counts(config, layer) for layer in range(len(layer_prefixes)))
@@ -228,7 +241,7 @@ def _layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder's layers: its only list of modules that is as long as the configuration says."""
     decoder = cast(Any, model).get_decoder()
     base = next(name for name, module in model.named_modules() if module is decoder)
-    count = cast(Any, model).config.num_hidden_layers
+    count = cast(Any, model).config.get_text_config().num_hidden_layers
     children = decoder.named_children()
     lists = [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) == count]
     if len(lists) != 1:

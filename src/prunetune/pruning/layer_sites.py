@@ -191,7 +191,8 @@ class LayerSites:
     def _mlp_sites(self, parent: str) -> list[Site]:
         mixture, block, kind = self._mixture(), self.architecture.mlp, UnitKind.MLP_BLOCK
         module = mixture.block if mixture else block.module if block else ""
-        if self._is_removed(module if mixture or not block else block.consumer):
+        experts = self.architecture.family.mixture
+        if (experts and self._is_removed(experts.block)) or (block and self._is_removed(block.consumer)):
             return []
         name = self._block_name(module, kind) if kind in self.kinds else ""
         children = []

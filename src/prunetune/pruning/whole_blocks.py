@@ -90,7 +90,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def remove_layers(model: Any, plan: Plan, sites: Iterable[Site]) -> None:
     """Remove the layers that the plan removes from the model's list and its configuration, in place."""
     sites = tuple(sites)
-    total = model.config.num_hidden_layers
+    total = model.config.get_text_config().num_hidden_layers
     kept_layers = list(surviving_layers(plan, sites))
     if not any(site.kind is UnitKind.LAYER for site in sites) or len(kept_layers) == total:
         return
@@ -101,7 +101,7 @@ def remove_layers(model: Any, plan: Plan, sites: Iterable[Site]) -> None:
             if isinstance(module.__dict__.get("layer_idx"), int):
                 module.layer_idx = index
     replace_module(model, list_name, nn.ModuleList(layers))
-    remove_layers_from_config(model.config, kept_layers)
+    remove_layers_from_config(model.config.get_text_config(), kept_layers)
 
 
 def remove_layers_from_config(config: Any, kept_layers: Sequence[int]) -> None:
