@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import yaml
 from rows import give
 
-from support.evaluation import write_model_and_rows
+from support.data import subwords
+from support.evaluation import speaker, write_model_and_rows
 
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -126,6 +127,9 @@ def draw_nothing(_: Any, file: Any, **__: Any) -> None:
 def prepare(folder: Path) -> Path:
     """Models, rows, recipes and a suite; and a finished run, which some commands start from."""
     write_model_and_rows(folder, 40)
+    tokenizer = subwords(chat=None)  # llama.cpp opens none without merges
+    for written in (tokenizer, speaker(vocab_size=len(tokenizer))):
+        written.save_pretrained(folder / "dense")
     rows = {"model": str(folder / "dense"), "data": {**RECIPE["data"], "train": [str(folder / "rows.jsonl")]}}
     recipes = {
         "run": {"evaluate": RECIPE["evaluate"] | {"dense_tuned": True}},
