@@ -8,7 +8,7 @@ leaves behind what a kill between two operations leaves (a new file may still be
 are followed by a second one while it resumes. The command then goes on (`--resume` where there is one, else the same
 command again): what comes out has to equal what the uninterrupted command wrote, or the command has to be refused in
 one line, after which another `--out` has to give the same. Models and rows are made here; processes are forks of one
-that has everything imported, so that hundreds of kills take minutes.
+that has everything imported, also those in which a run opens what it wrote, so that hundreds of kills take minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import yaml
 from rows import give
 
-from support.evaluation import write_model_and_rows
+from support.data import subwords
+from support.evaluation import speaker, write_model_and_rows
 
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -44,10 +46,11 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": 12, "batch_size": 4, "checkpoint_every": 3, "validate_every": 4},
     "lora": {"rank": 4, "dense_rank": 4},
     "search": {"init_batches": 2, "batch_size": 4},
-    "evaluate": {"limit": 5, "generate_limit": 2, "max_new_tokens": 4},
+    "evaluate": {"limit": 5, "generate_limit": 2, "max_new_tokens": 4, "dense_tuned": False},
 }
 SUITE = {"tasks": {"choice": {"data": "rows.jsonl", "scorer": "accuracy", "limit": 12, "limits": {"min": 0.0}}}}
 VOLATILE = ("seconds", "peak", "memory", "time", "date", "host", "ms", "tokens_per_s")  # in names of measured fields
+start_program = subprocess.run
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -97,8 +100,9 @@ def main() -> None:
 
 def import_everything() -> None:
     """All that commands import later, so that a fork starts at once."""
-    import matplotlib.pyplot
+    import matplotlib.figure
     import peft
+    import rouge_score.rouge_scorer
     import torch
     import transformers
 
@@ -111,17 +115,29 @@ def import_everything() -> None:
 
     torch.set_num_threads(1)  # a fork has no threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    assert all([matplotlib.pyplot, peft, transformers, prunetune])
+    matplotlib.figure.Figure.savefig = draw_nothing  # type: ignore[method-assign]
+    assert all([peft, rouge_score, transformers, prunetune])
+
+
+def draw_nothing(_: Any, file: Any, **__: Any) -> None:
+    """Figures take a fifth of a run and write no file: a page holds them inline."""
+    file.write('<svg viewBox="0 0 1 1"></svg>')
 
 
 def prepare(folder: Path) -> Path:
     """Models, rows, recipes and a suite; and a finished run, which some commands start from."""
     write_model_and_rows(folder, 40)
+    tokenizer = subwords(chat=None)  # llama.cpp opens none without merges
+    for written in (tokenizer, speaker(vocab_size=len(tokenizer))):
+        written.save_pretrained(folder / "dense")
     rows = {"model": str(folder / "dense"), "data": {**RECIPE["data"], "train": [str(folder / "rows.jsonl")]}}
     recipes = {
-        "run": {},
+        "run": {"evaluate": RECIPE["evaluate"] | {"dense_tuned": True}},
         "sizes": {"budget": {"keep": [0.8, 0.6], "align": 8}},
-        "limits": {"limits": ["valid.nll <= 0.9x -> roll-back"]},
+        "limits": {  # rolls back: the first state that is validated meets it, and a rate this high breaks it later
+            "limits": ["valid.nll <= 0.93x -> roll-back"],
+            "train": {**RECIPE["train"], "validate_every": 2, "learning_rate": 1.0},
+        },
         "compare": {"compare": {"methods": ["dense", "progressive", "magnitude"], "jobs": 1}},
     }
     for name, changes in recipes.items():
@@ -284,8 +300,12 @@ def run_command(words: list[str], log: Path, count_file: Path | None = None, kil
     operations = 0
     root = str(log.parent)
 
+    process = os.getpid()
+
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal operations
+        if os.getpid() != process:  # what the process starts is not killed
+            return
         if event == "open":
             path, mode, flags = arguments
             changes = (
@@ -304,6 +324,7 @@ def run_command(words: list[str], log: Path, count_file: Path | None = None, kil
     from prunetune.cli.app import main as run_cli
 
     sys.argv = ["prunetune", *words]
+    subprocess.run = run_in_fork  # type: ignore[assignment]
     sys.addaudithook(hook)
     code = 0
     try:
@@ -313,6 +334,27 @@ def run_command(words: list[str], log: Path, count_file: Path | None = None, kil
     if count_file is not None and not kill_at:
         count_file.write_text(str(operations))
     return code
+
+
+def run_in_fork(
+    words: list[str], *, env: dict[str, str] | None = None, cwd: str | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """A program text for Python in a fork, where it finds everything imported; its errors go to the log."""
+    if "-c" not in words:
+        return start_program(words, env=env, cwd=cwd, **options)
+    program, arguments = words[words.index("-c") + 1], words[words.index("-c") + 2 :]
+
+    def action() -> int:
+        import transformers.dynamic_module_utils
+
+        transformers.dynamic_module_utils.HF_MODULES_CACHE = (env or os.environ).get("HF_MODULES_CACHE", "")
+        sys.argv = ["-c", *arguments]
+        os.chdir(cwd or ".")
+        exec(program, {"__name__": "__main__"})
+        return 0
+
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
+    return subprocess.CompletedProcess(words, code, "", "see above")
 
 
 def fork(action: Callable[[], int]) -> int:

@@ -334,6 +334,27 @@ def test_missing_and_nan_weights_are_refused(tmp_path: Path) -> None:
         load_model_and_tokenizer(spoiled(tmp_path / "b", spoil), **how)
 
 
+def test_layers_that_the_configuration_does_not_have_are_refused(tmp_path: Path) -> None:
+    file = model_folder(tmp_path / "model") / "config.json"
+    values = json.loads(file.read_text())
+    layers = values["num_hidden_layers"] - 1
+    file.write_text(json.dumps(values | {"num_hidden_layers": layers}))
+    with pytest.raises(ModelError, match=rf"hold model\.layers\.{layers}\..*, config\.json {layers} layers; correct"):
+        load_meta_model(str(tmp_path / "model"))
+
+
+def test_weights_that_old_files_lack_are_told_before_they_are_read(tmp_path: Path) -> None:
+    file = model_folder(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
+    load_meta_model(str(tmp_path / "model"))
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
+        load_meta_model(str(tmp_path / "model"))
+
+
 def test_truncated_file_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     file = model_folder(tmp_path / "model") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

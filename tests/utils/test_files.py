@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prunetune.errors import ConfigError
+from prunetune.errors import ConfigError, RunFolderError
 from prunetune.utils.files import check_writable, expand_path, write_text
 
 
@@ -44,6 +44,15 @@ def test_pipe_stays_and_its_reader_gets_the_text(tmp_path: Path) -> None:
     reader.join(20)
     assert received == ["new"]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_pipe_whose_reader_ends_is_refused_in_one_line(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: pipe.open().close(), daemon=True)
+    reader.start()
+    with pytest.raises(RunFolderError, match=r"^[^\n]*pipe: its reader ended before all was written[^\n]*$"):
+        write_text(pipe, "more than a pipe holds " * 100_000)
 
 
 def test_device_stays_a_device() -> None:

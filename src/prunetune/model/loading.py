@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     """The model on the meta device, checked against the headers of its files: every weight is there, in its shape.
 
     Its configuration says whether the head is tied by what the files hold, as transformers 5 reads them; other runtimes
-    go by config.json. Without .safetensors files nothing is checked.
+    go by config.json. Of a hub model whose files are not in the cache nothing is checked.
     """
     raise_unless_causal_lm(name, config)
     stored_dtypes: dict[str, str] = {}
@@ -277,6 +278,10 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
             f"model {name}: {weight_name} has shape {list(stored)} in the files, {list(expected)} in config.json"
             f"{f' ({keys[0]})' if len(keys) == 1 else ''}; {CORRECT_CONFIG}"
         )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    beyond = [key for key in sorted(info["unexpected_keys"]) if re.search(rf"\b(layers|h|blocks)\.{layers}\.", key)]
+    if beyond:
+        raise ModelError(f"model {name}: its files hold {beyond[0]}, config.json {layers} layers; {CORRECT_CONFIG}")
     weight_names = {id(weight): weight_name for weight_name, weight in model.named_parameters()}
     for weight_name in weight_names.values():
         dtype = stored_dtypes.get(weight_name)

@@ -39,10 +39,14 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: written under another name first, then renamed.
 
     A device, a pipe, an open descriptor (/dev/fd/3) and the target of a link are written into and stay what they are.
+    Raises `RunFolderError` where the reader of a pipe has ended.
     """
     if not _is_replaceable(path):
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                file.write(text)
+        except BrokenPipeError as gone:
+            raise RunFolderError(f"{path}: its reader ended before all was written; name a file instead") from gone
         return
     partial = path.with_name(path.name + PARTIAL)
     try:
