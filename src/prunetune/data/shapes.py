@@ -51,7 +51,7 @@ LETTERED = re.compile(r"(op|opt|option_?|choice_?|)([a-j])", re.IGNORECASE)  # o
 COMMON = ("id", "task")  # read of rows of any shape
 PROMPT_NAMES = {*CHATS, *QUESTIONS, *BEFORE_QUESTION, *(name for pair in PAIRS for name in pair[2].split())}
 ANSWER_NAMES = {"chosen", *ANSWERS, *(name for pair in PAIRS for name in pair[3].split())}
-NAMES = {*PROMPT_NAMES, *ANSWER_NAMES, *CHOICES, *SYSTEM, *COMMON, "tools", "history", "rejected", "text"}
+NAMES = {*PROMPT_NAMES, *ANSWER_NAMES, *CHOICES, *SYSTEM, *COMMON, "tools", "rejected", "text"}
 OVERRIDDEN = {  # the fields of a row's own that a field of a template or of data.columns replaces
     "text": PROMPT_NAMES | ANSWER_NAMES | {*CHOICES},
     "messages": PROMPT_NAMES | ANSWER_NAMES | {*CHOICES, "text"},
@@ -174,16 +174,10 @@ def _pair(fields: Fields) -> Recognised | None:
     asked, replied = _as_turns(fields.get(key), key), _as_turns(reply, answer)
     if replied and replied[0].get("role") != "assistant":  # the whole conversation
         return _as_chat(shape, fields, replied, reads)
-    if not asked and not replied and not (names and any(fields.get(name) for name in (*SYSTEM, "tools", "history"))):
+    if not asked and not replied and not (names and any(fields.get(name) for name in (*SYSTEM, "tools"))):
         return shape, {"prompt": _joined(fields, names), "completion": reply} if names else {"text": reply}, reads
-    earlier = _from_json(fields.get("history") or [], "history")
-    if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
-        raise DataError(f"history must be a list of [question, answer], got {short_repr(earlier)}")
-    texts = [text for pair in earlier for text in pair]
-    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
-    turns += asked or [{"role": "user", "content": _joined(fields, names)}]
-    turns += replied or [{"role": "assistant", "content": reply}]
-    return _as_chat(shape, fields, turns, reads | ({"history": ("history",)} if earlier else {}))
+    turns = [*(asked or [{"role": "user", "content": _joined(fields, names)}])]
+    return _as_chat(shape, fields, turns + (replied or [{"role": "assistant", "content": reply}]), reads)
 
 
 def _text(fields: Fields) -> Recognised | None:
