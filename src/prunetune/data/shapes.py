@@ -36,17 +36,7 @@ SYSTEM = ("system", "system_prompt")
 QUESTIONS = ("prompt", "question", "question_stem", "query", "problem", "ctx")
 BEFORE_QUESTION = ("context", "passage", "article")
 CHOICES = ("choices", "options", "endings")
-ANSWERS = (
-    "answer_idx",
-    "answer_index",
-    "answerkey",
-    "answer_key",
-    "cop",
-    "correct_option",
-    "answer",
-    "label",
-    "target",
-)
+ANSWERS = ("answer_idx", "answerkey", "answer_key", "cop", "correct_option", "answer", "label", "target")
 LETTERED = re.compile(r"(op|opt|option_?|choice_?|)([a-j])", re.IGNORECASE)  # opa, option_b, C
 COMMON = ("id", "task")  # read of rows of any shape
 PROMPT_NAMES = {*CHATS, *QUESTIONS, *BEFORE_QUESTION, *(name for pair in PAIRS for name in pair[2].split())}
@@ -86,7 +76,7 @@ def shape_row(row: Any, mapping: ColumnMapping | None = None, *, group_field: st
     columns = mapping.columns if mapping else frozenset[str]()
     own = {str(key): "" if value is None and key in OPTIONAL else value for key, value in row.items()}
     own = {key: value for key, value in own.items() if value is not None}  # tables have nulls
-    for key in [key for key in own if key not in {*NAMES, group_field, *columns}]:
+    for key in set(own) - {*NAMES, group_field, *columns}:
         if (plain := key.strip().lower()) in NAMES and plain not in own:
             own[plain] = own.pop(key)  # "Question", as people write it in a table
     is_mapped = mapping is not None and (not columns or bool(columns & set(map(str, row))))
