@@ -76,7 +76,7 @@ def shape_row(row: Any, mapping: ColumnMapping | None = None, *, group_field: st
     columns = mapping.columns if mapping else frozenset[str]()
     own = {str(key): "" if value is None and key in OPTIONAL else value for key, value in row.items()}
     own = {key: value for key, value in own.items() if value is not None}  # tables have nulls
-    for key in set(own) - {*NAMES, group_field, *columns}:
+    for key in sorted(set(own) - {*NAMES, group_field, *columns}):
         if (plain := key.strip().lower()) in NAMES and plain not in own:
             own[plain] = own.pop(key)  # "Question", as people write it in a table
     is_mapped = mapping is not None and (not columns or bool(columns & set(map(str, row))))
