@@ -75,11 +75,10 @@ counted.
 | JSON lines, JSON | `.jsonl`, `.ndjson`, `.json` | one object a line, or a list of objects (or `{"data": [...]}`) |
 | CSV | `.csv`, `.tsv` | the first line names the columns and tells what separates them: comma, semicolon or tab |
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
-| Excel | `.xlsx` | the first sheet; needs `pip install 'prunetune[excel]'` |
 
 Text formats may be compressed: `.gz`, `.zst`, `.bz2`, as in `rows.jsonl.gz`. They are UTF-8 or, with a byte order
 mark, UTF-16. Other text is read as Windows-1252 (or Latin-1), and a warning shows a line. Line ends of Windows
-become those of Unix. Two columns of one name are refused.
+become those of Unix. Two columns of one name are refused. Of Excel, save the sheet as CSV.
 
 ## Shapes of rows
 

@@ -6,10 +6,8 @@ import bz2
 import gzip
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +17,7 @@ import pytest
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import read_records, read_rows
-from prunetune.errors import MissingPackage, PrunetuneError
+from prunetune.errors import PrunetuneError
 from support.data import pairs
 
 ROWS = pairs(3)
@@ -174,36 +172,6 @@ def test_whole_numbers_that_pandas_made_floats_are_indices(tmp_path: Path) -> No
     assert [record.answer for record in records] == [1, 0]
 
 
-def excel(monkeypatch: pytest.MonkeyPatch, *rows: tuple[Any, ...]) -> None:
-    """Stands in for the package openpyxl, with a workbook of one sheet."""
-    sheet = SimpleNamespace(iter_rows=lambda values_only: iter(rows))
-    fake = SimpleNamespace(load_workbook=lambda path, read_only, data_only: SimpleNamespace(worksheets=[sheet]))
-    monkeypatch.setitem(sys.modules, "openpyxl", fake)
-
-
-def test_first_sheet_of_excel_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    excel(
-        monkeypatch,
-        ("Question", "Answer", None),
-        ("Where?", "here", None),
-        (None, None, None),
-        ("How many?", 4.0, None),
-    )
-    records = read(tmp_path, "a.xlsx", b"")
-    assert [(record.prompt, record.completion) for record in records] == [("Where?\n", "here"), ("How many?\n", "4")]
-    excel(monkeypatch, ("prompt", "completion", "completion"), ("Where?", "here", "draft"))
-    with pytest.raises(PrunetuneError, match="two columns are called completion"):
-        read(tmp_path, "a.xlsx", b"")
-
-
-def test_excel_without_its_package_is_refused_with_two_ways_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(MissingPackage, match=r"save the sheet as CSV.*pip install 'prunetune\[excel\]'"):
-        read(tmp_path, "a.xlsx", b"")
-
-
 def two_columns_of_one_name() -> bytes:
     sink = pa.BufferOutputStream()
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
@@ -233,7 +201,7 @@ BAD = [
     ("a.gz", gzip.compress(LINES, mtime=0), "a.gz: ending '.gz' is not read"),
     ("a.parquet.gz", b"", "a.parquet.gz: ending '.gz' is not read"),
     ("a.jsonl.xz", b"", "ending '.xz' is not read; known are .jsonl"),
-    ("a.xls", b"", "ending '.xls' is not read"),
+    ("a.xlsx", b"PK", "ending '.xlsx' is not read; save the sheet as CSV"),
     ("a.jsonl", b"\x00\x01\x02\xff\xff", "a.jsonl:1: not UTF-8"),
     ("a.jsonl", '{"text": "Köln"}\n'.encode() + b'{"text": "K\xf6ln"}\n', "a.jsonl:2: not UTF-8 (byte 0xf6)"),
     ("a.csv", "text\n漢字の文章\n".encode("shift-jis"), "a.csv:2: not UTF-8"),
@@ -244,7 +212,6 @@ BAD = [
     ("a.csv", b"prompt;completion\nWhere?;here;there\n", "a.csv:2: 3 cells under 2 column names"),
     ("a.arrow", b"ARROW1 no", "a.arrow: not readable as Arrow"),
     ("a.feather", b"", "a.feather: not readable as Arrow"),
-    ("a.xlsx", b"PK no", "a.xlsx"),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "Where?", "choices": ["Here", "There"], "answer": 1},
     {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]},
     {"text": "Here it is"},
-    {"instruction": "Say.", "input": "Where?", "output": "Here", "history": [["a", "b"]], "system": "s"},
+    {"instruction": "Say.", "input": "Where?", "output": "Here", "system": "s"},
     {"conversations": [{"from": "human", "value": "Where?"}, {"from": "function_call", "value": "{}"}], "tools": "[]"},
     {"question": "Where?", "opa": "Here", "opb": "There", "cop": 1},
     {

@@ -80,12 +80,8 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"prompt": Q, "response": A}, pair(), "prompt/response rows; completion from response"),
     ({"input": Q, "output": A}, pair(), "input/output rows; prompt from input, completion from output"),
     (
-        {"instruction": Q, "input": "", "output": A, "system": "Be brief.", "history": [["1?", "one"]]},
-        {
-            "messages": [
-                SYSTEM, {"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}, *CHAT,
-            ]
-        },
+        {"instruction": Q, "input": "", "output": A, "system": "Be brief."},
+        {"messages": [SYSTEM, *CHAT]},
         "alpaca rows; prompt from instruction + input, completion from output",
     ),
     (
@@ -399,8 +395,8 @@ BAD_ROWS = [
     ({"question": Q, "answer": True}, "completion must be text, got True"),
     ({"question": Q, "answer": ["heart", "the heart"]}, "completion must be text, got ["),
     ({"instruction": "", "input": "", "output": A}, "prompt is empty"),
-    ({"instruction": Q, "input": "", "output": A, "history": "none"}, "column history: not valid JSON"),
-    ({"instruction": Q, "input": "", "output": A, "history": [["a"]]}, "history must be a list of [question, answer]"),
+    ({"question": Q, "answer": A, "system": "s", "tools": "look_up"}, "column tools: not valid JSON"),
+    ({"question": Q, "options": {"A": "x", "B": "x"}, "answer": "A"}, "choices has 'x' twice"),
     ({"prompt": [USER], "completion": [{"text": A}]}, "messages[1].content must be text"),
     ({"question": Q, "reply": A}, "it needs prompt + completion"),
     ({"prompt": Q, "choices": PARTS, "answer": "D"}, "'D' lies outside"),

@@ -27,8 +27,8 @@ END_OF_TEXT = "␃"  # without a model
 class _Characters:
     """Stands in for the tokenizer of a model: a token is a character."""
 
-    bos_token_id = chat_template = None
-    eos_token_id = ord(END_OF_TEXT)
+    bos_token = bos_token_id = chat_template = None
+    eos_token, eos_token_id = END_OF_TEXT, ord(END_OF_TEXT)
 
     def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(map(ord, text)) for text in texts]}

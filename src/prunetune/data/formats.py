@@ -1,4 +1,4 @@
-"""File formats: numbered rows of JSON, JSON lines, CSV, Excel, Arrow and Parquet files, in any usual encoding."""
+"""File formats: numbered rows of JSON, JSON lines, CSV, Arrow and Parquet files, in any usual encoding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import DataError
-from prunetune.utils.optional import import_optional
 from prunetune.utils.untrusted import parse_json, shorten
 
 log = logging.getLogger(__name__)
@@ -32,55 +31,40 @@ def data_suffix(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def _read_bytes(path: Path) -> bytes:
-    """The bytes of a file, uncompressed; raises `DataError`."""
-    import pyarrow as pa
-
-    try:
-        if compression := COMPRESSED.get(path.suffix.lower()):
-            with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, compression) as stream:
-                return bytes(stream.read())
-        return path.read_bytes()
-    except (OSError, pa.ArrowException) as broken:
-        if getattr(broken, "strerror", None):
-            advice = f"cannot be read ({broken.strerror}); name a file that this user may open"
-        else:
-            advice = f"not readable as {path.suffix.lower()} ({_one_line(broken)}); compress it again"
-        raise DataError(f"{path}: {advice}") from broken
-
-
 def _read_text(path: Path) -> str:
-    """The text of a file, its line ends as \\n; raises `DataError`.
+    """The text of a file, uncompressed, its line ends as \\n; raises `DataError`.
 
     It is UTF-8, UTF-16 with a byte order mark, or else Windows-1252 (a superset of Latin-1's letters), which is said.
     """
-    data = _read_bytes(path)
+    import pyarrow as pa
+
+    compression = COMPRESSED.get(path.suffix.lower())
+    try:
+        data = pa.input_stream(str(path), compression=compression).read() if compression else path.read_bytes()
+    except (OSError, pa.ArrowException) as broken:
+        advice = f"not readable as {path.suffix} ({_one_line(broken)}); compress it again"
+        if isinstance(broken, OSError) and broken.strerror:
+            advice = f"cannot be read ({broken.strerror}); name a file that this user may open"
+        raise DataError(f"{path}: {advice}") from broken
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        text = data.decode(encoding)
+        text: str = data.decode(encoding)
     except UnicodeDecodeError as broken:
-        line = data[: broken.start].count(b"\n") + 1
-        if (western := _as_western_text(data)) is None:
-            byte = data[broken.start]
+        line, byte = data[: broken.start].count(b"\n") + 1, data[broken.start]
+        if not _is_western_text(data):
             raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
-        text = western
+        text = data.decode("cp1252")
         sample = shorten(text.split("\n")[line - 1], 60)
         log.warning("%s: not UTF-8, read as Windows-1252, such as line %d: %s", path, line, sample)
     text = text.replace("\r\n", "\n")
     return text if "\n" in text else text.replace("\r", "\n")
 
 
-def _as_western_text(data: bytes) -> str | None:
-    """A text in Windows-1252; None for what is none: binary data, damaged UTF-8, or mostly beyond ASCII."""
+def _is_western_text(data: bytes) -> bool:
+    """Whether it can be Windows-1252: not if it is binary, UTF-8 but for some bytes, or mostly beyond ASCII."""
+    is_binary = re.search(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d\xff]", data)
     beyond_ascii = data.translate(None, bytes(range(128)))
-    if re.search(rb"[\x00-\x08\x0e-\x1f\x7f\xff]", data) or len(beyond_ascii) > len(data) / 3:
-        return None
-    if any(ord(character) > 127 for character in data.decode("utf-8", "ignore")):  # UTF-8, but for some bytes
-        return None
-    try:
-        return data.decode("cp1252")
-    except UnicodeDecodeError:
-        return None
+    return not is_binary and len(beyond_ascii) <= len(data) / 3 and data.decode("utf-8", "ignore").isascii()
 
 
 def _parse_row(text: str, where: str) -> Any:
@@ -222,21 +206,6 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _excel(path: Path) -> NumberedRows:
-    """Rows of the first sheet, with names of columns in its first row."""
-    openpyxl: Any = import_optional("openpyxl", extra="excel", use=f"{path}: reading Excel (or save the sheet as CSV)")
-    try:
-        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        rows = [list(cells) for cells in sheet.iter_rows(values_only=True)]
-    except Exception as broken:  # a zip archive, XML, or a sheet of a kind that the package does not know
-        raise DataError(f"{path}: not readable as Excel ({_one_line(broken)}); save the sheet as CSV") from broken
-    header = _distinct([str("" if name is None else name) for name in rows[0]], path) if rows else []
-    for number, cells in enumerate(rows[1:], 2):
-        row = {name: cell for name, cell in zip(header, cells, strict=False) if cell not in (None, "")}
-        if row:
-            yield number, row
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
@@ -244,6 +213,6 @@ def _one_line(error: Exception) -> str:
 # By ending. Each raises `DataError` with file and line if a file cannot be read.
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
-    ".arrow": _arrow, ".feather": _arrow, ".xlsx": _excel,
+    ".arrow": _arrow, ".feather": _arrow,
 }  # fmt: skip
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # which may be compressed

@@ -36,22 +36,12 @@ SYSTEM = ("system", "system_prompt")
 QUESTIONS = ("prompt", "question", "question_stem", "query", "problem", "ctx")
 BEFORE_QUESTION = ("context", "passage", "article")
 CHOICES = ("choices", "options", "endings")
-ANSWERS = (
-    "answer_idx",
-    "answer_index",
-    "answerkey",
-    "answer_key",
-    "cop",
-    "correct_option",
-    "answer",
-    "label",
-    "target",
-)
+ANSWERS = ("answer_idx", "answerkey", "answer_key", "cop", "correct_option", "answer", "label", "target")
 LETTERED = re.compile(r"(op|opt|option_?|choice_?|)([a-j])", re.IGNORECASE)  # opa, option_b, C
 COMMON = ("id", "task")  # read of rows of any shape
 PROMPT_NAMES = {*CHATS, *QUESTIONS, *BEFORE_QUESTION, *(name for pair in PAIRS for name in pair[2].split())}
 ANSWER_NAMES = {"chosen", *ANSWERS, *(name for pair in PAIRS for name in pair[3].split())}
-NAMES = {*PROMPT_NAMES, *ANSWER_NAMES, *CHOICES, *SYSTEM, *COMMON, "tools", "history", "rejected", "text"}
+NAMES = {*PROMPT_NAMES, *ANSWER_NAMES, *CHOICES, *SYSTEM, *COMMON, "tools", "rejected", "text"}
 OVERRIDDEN = {  # the fields of a row's own that a field of a template or of data.columns replaces
     "text": PROMPT_NAMES | ANSWER_NAMES | {*CHOICES},
     "messages": PROMPT_NAMES | ANSWER_NAMES | {*CHOICES, "text"},
@@ -86,7 +76,7 @@ def shape_row(row: Any, mapping: ColumnMapping | None = None, *, group_field: st
     columns = mapping.columns if mapping else frozenset[str]()
     own = {str(key): "" if value is None and key in OPTIONAL else value for key, value in row.items()}
     own = {key: value for key, value in own.items() if value is not None}  # tables have nulls
-    for key in [key for key in own if key not in {*NAMES, group_field, *columns}]:
+    for key in sorted(set(own) - {*NAMES, group_field, *columns}):
         if (plain := key.strip().lower()) in NAMES and plain not in own:
             own[plain] = own.pop(key)  # "Question", as people write it in a table
     is_mapped = mapping is not None and (not columns or bool(columns & set(map(str, row))))
@@ -174,16 +164,10 @@ def _pair(fields: Fields) -> Recognised | None:
     asked, replied = _as_turns(fields.get(key), key), _as_turns(reply, answer)
     if replied and replied[0].get("role") != "assistant":  # the whole conversation
         return _as_chat(shape, fields, replied, reads)
-    if not asked and not replied and not (names and any(fields.get(name) for name in (*SYSTEM, "tools", "history"))):
+    if not asked and not replied and not (names and any(fields.get(name) for name in (*SYSTEM, "tools"))):
         return shape, {"prompt": _joined(fields, names), "completion": reply} if names else {"text": reply}, reads
-    earlier = _from_json(fields.get("history") or [], "history")
-    if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
-        raise DataError(f"history must be a list of [question, answer], got {short_repr(earlier)}")
-    texts = [text for pair in earlier for text in pair]
-    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
-    turns += asked or [{"role": "user", "content": _joined(fields, names)}]
-    turns += replied or [{"role": "assistant", "content": reply}]
-    return _as_chat(shape, fields, turns, reads | ({"history": ("history",)} if earlier else {}))
+    turns = [*(asked or [{"role": "user", "content": _joined(fields, names)}])]
+    return _as_chat(shape, fields, turns + (replied or [{"role": "assistant", "content": reply}]), reads)
 
 
 def _text(fields: Fields) -> Recognised | None:

@@ -215,9 +215,9 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
         raise DataError(f"{file}: {reason}; correct data.* or data.root, or name a hub data set as owner/name")
     for match in files:
         if not _has_reader(match.name):
-            compressed = f"; {', '.join(COMPRESSED)} behind those of text formats" if match.suffix in COMPRESSED else ""
-            known = f"known are {', '.join(READERS)}{compressed}"
-            raise DataError(f"{match}: ending {match.suffix!r} is not read; {known}")
+            known = f"known are {', '.join(READERS)}, those of text also with {', '.join(COMPRESSED)} behind"
+            advice = "save the sheet as CSV" if match.suffix.startswith((".xls", ".ods")) else known
+            raise DataError(f"{match}: ending {match.suffix!r} is not read; {advice}")
     return files
 
 
