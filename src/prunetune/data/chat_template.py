@@ -18,7 +18,7 @@ T = TypeVar("T", "Chat", Record)
 R = TypeVar("R")
 Span = tuple[int, int]  # [start, end)
 Loss = Literal["assistants", "last", "all"]
-ROWS_RENDERED_AT_ONCE = 50
+ROWS_RENDERED_AT_ONCE = 5  # a chat takes a rendering for each answer
 PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL_FIELDS, REASONING_FIELDS = ("tools", "tool_calls"), ("reasoning_content", "reasoning", "thinking")
@@ -103,7 +103,8 @@ def render_prompts(tokenizer: Any, records: Sequence[Record]) -> list[str]:
     That is behind an empty thought, if the template writes one before an answer without reasoning: the model is tuned
     on the answer there.
     """
-    lead = TurnEnd.of(tokenizer, records[0].source).lead if records else ""
+    chats = [record for record in records if record.kind == "chat"]
+    lead = TurnEnd.of(tokenizer, chats[0].source).lead if chats else ""
 
     def render(record: Record) -> str:
         chat = Chat.from_record(record, answered=False)
