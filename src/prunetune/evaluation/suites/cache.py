@@ -145,8 +145,9 @@ def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: Gen
         "generate": [settings.max_new_tokens, settings.stop],
         "nll": [record.completion],
     }
-    # Since 0.2 the prompt of a chat may end with an empty thought, and has its tools.
-    chat = ["0.2", record.tools] if record.kind == "chat" else []
+    chat = [record.tools] if record.tools else []
+    if record.kind == "chat" and settings.template != "raw":
+        chat.append("0.2")  # since then, its prompt may end with an empty thought
     messages = [message.texts for message in record.messages]
     request = [record.kind, record.prompt, messages, *asked_for[kind], *chat]
     return _digest([REQUEST_VERSIONS[kind], fingerprint, KEY_WORDS[kind], settings.template, request])
