@@ -130,6 +130,7 @@ def test_dry_run_writes_nothing(say: Said, recipe: Callable[..., str], tmp_path:
     assert code == 0
     assert "an even plan takes" in out
     assert "times the rows of train" in out
+    assert "of the tokens of train (data.loss=assistants)" in out
     assert "nothing was written" in out
     assert not (tmp_path / "run").exists()
 

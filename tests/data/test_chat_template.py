@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prunetune.config.recipe import DataConfig
@@ -26,6 +26,8 @@ WORDS = [
     "Which", " sign", " is it?", "heart", " lung", "\n\n", "- one\n- two", "  fever", " naïve µg", "🫀", ' {"x": 1}',
     " <b>", " Yes.", " No!", "\n", " ", " 12 mg/day",
 ]  # fmt: skip
+# As in Qwen and Llama 3: line ends are words of their own.
+WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Start token, end token, other special tokens, whether blanks are written ▁ as in sentencepiece.
 FAMILIES: dict[str, tuple[str, str, tuple[str, ...], bool]] = {
     "qwen": ("<|endoftext|>", "<|im_end|>", ("<|im_start|>",), False),
@@ -51,11 +53,17 @@ TOOLS = [
 def _trained(family: str) -> str:
     start, end, others, has_metaspace = FAMILIES[family]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD), "isolated"),
+            pre_tokenizers.ByteLevel(use_regex=False, add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if has_metaspace:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        lines = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Metaspace(prepend_scheme="never")])
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
         alphabet = sorted({*"".join(WORDS), *map(chr, range(32, 127))})
     trainer = trainers.BpeTrainer(
@@ -153,6 +161,8 @@ def test_loss_equals_trls_token_by_token_where_generations_are_marked(
 )
 def test_loss_without_marks_equals_trls_up_to_white_space_after_a_turn(name: str, family: str) -> None:
     rows = made_up_chats(60, tools=name.startswith("qwen"), reasoning=False)
+    for message in (message for row in rows for message in row["messages"] if message["role"] == "assistant"):
+        message["content"] = (message["content"] or "").lstrip()  # TRL tokenises it with the line end before it
     tokenizer = tokenizer_with(trl_template(name), family)
     for row, example in zip(rows, encoded(rows, tokenizer), strict=True):
         ids, mask = by_trl(row, tokenizer, trl_template(f"{name}_training"))
@@ -306,3 +316,17 @@ def test_turn_without_an_end_of_its_own_ends_with_the_next_speaker() -> None:
     tokenizer = tokenizer_with(trl_template("glm4moe"), "gptoss")
     row = {"messages": [user("one"), assistant("heart"), user("two"), assistant("lung")]}
     assert pieces_of(row, tokenizer)[1::2] == ["\n<think></think>\nheart<|user|>", "\n<think></think>\nlung<|return|>"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_training", "llama3"])
+def test_answer_is_asked_for_where_it_is_tuned_on(name: str) -> None:
+    """Behind an empty thought, if the template writes one before an answer without reasoning."""
+    tokenizer = tokenizer_with(trl_template(name), "llama" if name == "llama3" else "qwen")
+    row = {"messages": [user("one"), assistant("heart"), user("two"), assistant("lung")]}
+    (example,), (ids,) = encoded([row], tokenizer), encode_prompts([record_from_row(row, source="f:1")], tokenizer)
+    before, asked = tokenizer.decode(example.token_ids), tokenizer.decode(ids)
+    assert before.removeprefix(asked).startswith("lung")
+    assert name == "qwen3_5_think" or list(example.token_ids[: len(ids)]) == ids
+    row["messages"][-1]["reasoning_content"] = "a sign"
+    (thought,) = encode_prompts([record_from_row(row, source="f:1")], tokenizer)
+    assert thought == tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True)["input_ids"]

@@ -18,7 +18,7 @@ T = TypeVar("T", "Chat", Record)
 R = TypeVar("R")
 Span = tuple[int, int]  # [start, end)
 Loss = Literal["assistants", "last", "all"]
-ROWS_RENDERED_AT_ONCE = 50
+ROWS_RENDERED_AT_ONCE = 5  # a chat takes a rendering for each answer
 PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL_FIELDS, REASONING_FIELDS = ("tools", "tool_calls"), ("reasoning_content", "reasoning", "thinking")
@@ -51,11 +51,12 @@ class Chat:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """The text of a chat with its answer."""
+    """The text of a chat."""
 
-    text: str
-    loss: list[Span]  # characters that carry loss, in order
-    lacks_end: bool  # the template writes no end after the last answer
+    prompt: str  # up to the last answer; where the template marks generations, all of it
+    loss: list[Span]  # characters of `prompt` that carry loss, in order
+    answer: str  # to be tokenised apart, as a model answers; it carries loss
+    lacks_end: bool  # the template writes no end after the answer
     unread: tuple[str, ...]  # fields of reasoning that the template does not write
 
 
@@ -67,6 +68,7 @@ class TurnEnd:
     closing: str  # `text` up to the end-of-text token: it ends the last answer
     stop: str  # the first special token of `text`, which ends any answer; "" without one
     special: frozenset[str]  # all special tokens but the start token
+    lead: str  # what stands between a prompt and an answer without reasoning: an empty thought, or ""
 
     @classmethod
     def of(cls, tokenizer: Any, source: str = "data.template") -> TurnEnd:
@@ -74,13 +76,15 @@ class TurnEnd:
         turns = ({"role": "user", "content": PROBE.title()}, {"role": "assistant", "content": PROBE})
         chat = Chat(turns, (), (), source)
         ((rendered, _),) = _within_time(partial(_render, tokenizer), [chat])
+        prompt, _ = _render(tokenizer, replace(chat, messages=turns[:1]), generate=True)
+        lead = rendered.removeprefix(prompt).partition(PROBE)[0] if rendered.startswith(prompt) else ""
         text = rendered.rpartition(PROBE)[2].rstrip()
         before, end, _ = text.partition(tokenizer.eos_token or "\0")
         added = tokenizer.added_tokens_decoder.values()
         special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
         tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
         stop = next((token for token in tokens if token in special), "")
-        return cls(text, before + end, stop, frozenset(special - {tokenizer.bos_token}))
+        return cls(text, before + end, stop, frozenset(special - {tokenizer.bos_token}), lead if lead.strip() else "")
 
     def cut(self, text: str) -> str:
         """The text of a chat up to the end of its last answer."""
@@ -94,13 +98,22 @@ class TurnEnd:
 
 
 def render_prompts(tokenizer: Any, records: Sequence[Record]) -> list[str]:
-    """Each chat up to where the model answers. Raises `DataError`."""
+    """Each chat up to where its answer starts. Raises `DataError`.
+
+    That is behind an empty thought, if the template writes one before an answer without reasoning: the model is tuned
+    on the answer there.
+    """
+    chats = [record for record in records if record.kind == "chat"]
+    lead = TurnEnd.of(tokenizer, chats[0].source).lead if chats else ""
 
     def render(record: Record) -> str:
         chat = Chat.from_record(record, answered=False)
         text, _ = _render(tokenizer, chat, generate=True)
         _unread_fields(tokenizer, chat, text, generate=True)
-        return text
+        has_reasoning = "<think>" in record.completion or any(
+            field in record.answer_fields for field in REASONING_FIELDS
+        )
+        return text if has_reasoning or record.kind != "chat" else text + lead
 
     return _within_time(render, records)
 
@@ -122,17 +135,20 @@ def render_answered(tokenizer: Any, records: Sequence[Record], loss: Loss) -> li
         unread = _unread_fields(tokenizer, chat, text)
         answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         chosen = [index for index in answers if chat.has_loss[index] == (loss != "all")][-1 if loss == "last" else 0 :]
+        start = len(text)
         if marked and chosen == answers:
             spans = marked
         elif len(marked) == len(answers):
             spans = [marked[answers.index(index)] for index in chosen]
         else:
             text, spans = turn_end.cut(text), []
+            start, _ = _find_answer(tokenizer, chat, text, answers[-1], len(text), turn_end)
             for index in reversed(chosen):
-                limit = spans[0][0] if spans else len(text)
-                spans.insert(0, _find_answer(tokenizer, chat, text, index, limit, turn_end))
-        spans = gaps_between(spans, 0, len(text)) if loss == "all" else spans
-        return RenderedChat(text, spans, not marked and not turn_end.closing, unread)
+                if index != answers[-1]:
+                    limit = spans[0][0] if spans else start
+                    spans.insert(0, _find_answer(tokenizer, chat, text, index, limit, turn_end))
+        spans = gaps_between(spans, 0, start) if loss == "all" else spans
+        return RenderedChat(text[:start], spans, text[start:], not marked and not turn_end.closing, unread)
 
     return _within_time(render, records)
 

@@ -1,7 +1,7 @@
 """Records to token ids: prompts, answers, which tokens carry loss, truncation.
 
-Prompt and answer are tokenised separately, so that tuning and scoring split them at the same place. A chat is tokenised
-as a whole, as its template writes it.
+Prompt and answer are tokenised separately, so that tuning and scoring split them at the same place; but a chat whose
+template marks generations is tokenised as a whole, as TRL does.
 """
 
 from __future__ import annotations
@@ -119,12 +119,13 @@ def _encode_chats(records: Sequence[Record], tokenizer: Any, loss: Loss) -> list
     rendered = render_answered(tokenizer, records, loss)
     for field, count in Counter(field for chat in rendered for field in chat.unread).items():
         log.warning("%s is not written by the chat template, so it is not tuned on (%d rows)", field, count)
-    tokens = _tokenize_with_spans([(chat.text, chat.loss) for chat in rendered], tokenizer)
+    prompts = _tokenize_with_spans([(chat.prompt, chat.loss) for chat in rendered], tokenizer)
+    answers = encode_answers([chat.answer for chat in rendered], tokenizer)
     examples = []
-    for record, chat, (ids, spans) in zip(records, rendered, tokens, strict=True):
-        if chat.lacks_end and not chat.text.endswith(tokenizer.eos_token):
-            ids, spans = [*ids, _end_of_text(tokenizer)], [*spans[:-1], (spans[-1][0], len(ids) + 1)]
-        examples.append(_example_of(ids, spans, record))
+    for record, chat, (prompt, spans), answer in zip(records, rendered, prompts, answers, strict=True):
+        needs_end = chat.lacks_end and not chat.answer.endswith(tokenizer.eos_token)
+        ids = [*prompt, *answer, *([_end_of_text(tokenizer)] if needs_end else [])]
+        examples.append(_example_of(ids, [*spans, (len(prompt), len(ids))], record))
     return examples
 
 

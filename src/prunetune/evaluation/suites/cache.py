@@ -145,8 +145,11 @@ def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: Gen
         "generate": [settings.max_new_tokens, settings.stop],
         "nll": [record.completion],
     }
+    chat = [record.tools] if record.tools else []
+    if record.kind == "chat" and settings.template != "raw":
+        chat.append("0.2")  # since then, its prompt may end with an empty thought
     messages = [message.texts for message in record.messages]
-    request = [record.kind, record.prompt, messages, *asked_for[kind], *([record.tools] if record.tools else [])]
+    request = [record.kind, record.prompt, messages, *asked_for[kind], *chat]
     return _digest([REQUEST_VERSIONS[kind], fingerprint, KEY_WORDS[kind], settings.template, request])
 
 
