@@ -28,7 +28,7 @@ class _Characters:
     """Stands in for the tokenizer of a model: a token is a character."""
 
     bos_token = bos_token_id = chat_template = None
-    eos_token, eos_token_id = END_OF_TEXT, ord(END_OF_TEXT)
+    eos_token, eos_token_id, is_fast = END_OF_TEXT, ord(END_OF_TEXT), False
 
     def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(map(ord, text)) for text in texts]}
