@@ -48,7 +48,7 @@ RECIPE: dict[str, Any] = {
     "search": {"init_batches": 2, "batch_size": 4},
     "evaluate": {"limit": 5, "generate_limit": 2, "max_new_tokens": 4, "dense_tuned": False},
 }
-SUITE = {"tasks": {"choice": {"data": "rows.jsonl", "scorer": "accuracy", "limit": 12, "limits": {"min": 0.0}}}}
+SUITE = {"tasks": {"choice": {"data": "choices.jsonl", "scorer": "accuracy", "limit": 12, "limits": {"min": 0.0}}}}
 VOLATILE = ("seconds", "peak", "memory", "time", "date", "host", "ms", "tokens_per_s")  # in names of measured fields
 start_program = subprocess.run
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -130,6 +130,8 @@ def prepare(folder: Path) -> Path:
     tokenizer = subwords(chat=None)  # llama.cpp opens none without merges
     for written in (tokenizer, speaker(vocab_size=len(tokenizer))):
         written.save_pretrained(folder / "dense")
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "choices.jsonl").write_text("".join(line for line in lines if "choices" in line), encoding="utf-8")
     rows = {"model": str(folder / "dense"), "data": {**RECIPE["data"], "train": [str(folder / "rows.jsonl")]}}
     recipes = {
         "run": {"evaluate": RECIPE["evaluate"] | {"dense_tuned": True}},
