@@ -86,6 +86,8 @@ def tiny_job(seed: int = 0, *, packing: str = "auto", plan_seed: int | None = No
     model = tiny(seed=seed).to(DEVICE, torch.bfloat16)
     plan = None if plan_seed is None else random_plan(model, seed=plan_seed)
     teacher = Teacher(tiny(seed=9).to(DEVICE, torch.bfloat16).requires_grad_(False), 1.0, 1.0)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()  # other streams read these weights
     return replace(job_of(config, model=model, plan=plan), teacher=teacher)
 
 
@@ -113,7 +115,6 @@ def test_recordings_do_not_outlive_a_cut(recorded: list[Any]) -> None:
 
 def test_threads_train_as_each_does_alone(recorded: list[Any]) -> None:
     alone, jobs = ([tiny_job(seed, plan_seed=seed) for seed in range(3)] for _ in range(2))
-    torch.cuda.synchronize()
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(train, jobs))
     for first, second in zip(map(train, alone), together, strict=True):

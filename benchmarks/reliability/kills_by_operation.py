@@ -48,8 +48,19 @@ RECIPE: dict[str, Any] = {
     "search": {"init_batches": 2, "batch_size": 4},
     "evaluate": {"limit": 5, "generate_limit": 2, "max_new_tokens": 4, "dense_tuned": False},
 }
-SUITE = {"tasks": {"choice": {"data": "rows.jsonl", "scorer": "accuracy", "limit": 12, "limits": {"min": 0.0}}}}
-VOLATILE = ("seconds", "peak", "memory", "time", "date", "host", "ms", "tokens_per_s")  # in names of measured fields
+SUITE = {"tasks": {"choice": {"data": "choices.jsonl", "scorer": "accuracy", "limit": 12, "limits": {"min": 0.0}}}}
+VOLATILE = (
+    "commit",
+    "seconds",
+    "peak",
+    "memory",
+    "time",
+    "date",
+    "host",
+    "ms",
+    "tokens_per_s",
+)  # in names of measured fields
+FINE = ("equal", "refused, then equal")
 start_program = subprocess.run
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -81,7 +92,7 @@ def main() -> None:
         codes = [os.waitpid(child, 0)[1] for child in children]
         files = sorted(folder.glob("results-*"))
         results = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    fine = [result for result in results if result["outcome"] in ("equal", "refused, then equal")]
+    fine = [result for result in results if result["outcome"] in FINE]
     by_command = {name: sum(result["command"] == name for result in results) for name in commands}
     give(
         {
@@ -130,6 +141,8 @@ def prepare(folder: Path) -> Path:
     tokenizer = subwords(chat=None)  # llama.cpp opens none without merges
     for written in (tokenizer, speaker(vocab_size=len(tokenizer))):
         written.save_pretrained(folder / "dense")
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "choices.jsonl").write_text("".join(line for line in lines if "choices" in line), encoding="utf-8")
     rows = {"model": str(folder / "dense"), "data": {**RECIPE["data"], "train": [str(folder / "rows.jsonl")]}}
     recipes = {
         "run": {"evaluate": RECIPE["evaluate"] | {"dense_tuned": True}},
@@ -225,7 +238,7 @@ def work(folder: Path, commands: dict[str, Command], kills: range, seed: int) ->
         if command.resumes and rng.random() < 0.5:
             at.append(rng.randrange(1, operations + 1))
         outcome = after_kills(attempt, command, at, expected)
-        shutil.rmtree(attempt) if "equal" in outcome else None
+        shutil.rmtree(attempt) if outcome in FINE else None
         line = json.dumps({"command": name, "at": at, "of": operations, "outcome": outcome})
         with results.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
