@@ -28,9 +28,9 @@ def describe_time(context: RunContext, meta_model: Any) -> str:
     minutes = flops / speed / 60
     shown = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
     return (
-        f"time: about {shown} of tuning on {context.device}, scoring on top (an estimate at the present load of the machine, "
-        f"good to a factor of three: {flops:.1e} FLOPs, and one layer reaches {speed:.1e} a second; small models on a "
-        "GPU are faster)"
+        f"time: about {shown} of tuning on {context.device}, scoring on top (an estimate under the machine's present "
+        f"load, good to a factor of three: {flops:.1e} FLOPs, and one layer reaches {speed:.1e} a second; small models "
+        "on a GPU are faster)"
     )
 
 
