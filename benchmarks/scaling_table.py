@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from geometries import GEOMETRIES, made
+from training_flops import step_flops
 
 from prunetune.config.recipe import from_mapping
-from prunetune.cost.training_flops import step_flops
 from prunetune.cost.training_memory import (
     TrainingMemory,
     TrainingSetup,

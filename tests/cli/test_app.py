@@ -167,7 +167,7 @@ def test_flags_win_over_the_recipe(say: Said, recipe: Callable[..., str]) -> Non
 
 def test_missing_or_broken_recipe_is_refused(say: Said, tmp_path: Path) -> None:
     refused(say("run", str(tmp_path / "absent.yaml")), "absent.yaml", "recipes/")
-    refused(say("run", str(tmp_path)), "cannot read")
+    refused(say("run", str(tmp_path)), "is a folder: name a recipe")
     (tmp_path / "broken.yaml").write_text("a: [1\nb: }")
     refused(say("run", str(tmp_path / "broken.yaml")), "not valid YAML")
     (tmp_path / "list.yaml").write_text("- a\n")
@@ -178,7 +178,7 @@ def test_unknown_flag_or_command_is_refused(say: Said, recipe: Callable[..., str
     refused(say("run", recipe(), "--budget.kep", "0.5"), "--budget.kep")
     refused(say("run", recipe(), "--train.steps", "many"), "many")
     refused(say("prune"), "prune")
-    refused(say("run"), "RECIPE")
+    refused(say("run"), "name a recipe", "--data.train")
     refused(say("sites"), "MODEL")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from prunetune.cost.training_flops import step_flops
 from prunetune.cost.training_memory import training_setup, training_shapes
 from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
@@ -19,6 +20,12 @@ from prunetune.train.adapters import add_adapters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, build_model, config_of, skip_without_bitsandbytes, tiny
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "training_flops.py"
+SPEC = importlib.util.spec_from_file_location("training_flops", FILE)
+assert SPEC is not None and SPEC.loader is not None  # noqa: PT018
+training_flops = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(training_flops)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -70,7 +77,7 @@ def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None
     with FlopCounter() as counter:
         step()
     setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
-    estimate = step_flops(
+    estimate = training_flops.step_flops(
         training_shapes(plain_model, find_sites(plain_model)),
         setup,
         phase="tune" if merged else "search",
@@ -95,7 +102,7 @@ def test_flops_of_scores_are_near_those_torch_counts(merged: bool) -> None:
     setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
     setup = replace(setup, keep=1 - 1e-9 if merged else 1.0)
     shapes = training_shapes(plain_model, find_sites(plain_model))
-    estimate = step_flops(shapes, setup, phase="scores", tokens=LENGTH, length=0, label_share=0.5)
+    estimate = training_flops.step_flops(shapes, setup, phase="scores", tokens=LENGTH, length=0, label_share=0.5)
     assert estimate == pytest.approx(counter.total, rel=0.03)
 
 
@@ -106,7 +113,7 @@ def test_attention_flops_grow_with_the_square_of_the_length() -> None:
         training_setup(config_of(), torch.float32, longest=LENGTH),
     )
     without, once, twice = (
-        step_flops(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512)
+        training_flops.step_flops(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512)
     )
     assert twice - without == 2 * (once - without) > 0
     read = SIZES["groups"] * 2 * SIZES["head_dim"] * SIZES["layers"]  # 2 queries a group

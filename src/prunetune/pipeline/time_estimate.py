@@ -1,90 +1,90 @@
-"""How long a run will tune, before it does: the FLOPs of its steps, over what a short product reaches on the device."""
+"""How long a run will tune, before it does: FLOPs of its steps, over the speed of one layer on the device."""
 
 from __future__ import annotations
 
-import math
+import copy
 import time
-from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
 
-from prunetune.cost.training_flops import step_flops
-from prunetune.cost.training_memory import TrainingSetup, TrainingShapes, training_setup, training_shapes
+from prunetune.bench.latency.short_models import build_short_model
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.training_memory import training_shapes
 from prunetune.data.sources import SplitName
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.stages import TRIAL_SHARE, TRIED_RATES
 from prunetune.train.schedule import build_schedule
 
-# Share of a plain product's speed that tuning reaches, with norms, attention, losses, padding and launches: measured
-# 0.4 on an H200 (docs/scaling.md). Small models are slower.
-EFFICIENCY = 0.4
-MUON_ITERATIONS = 5
-MEASURED_SECONDS = 0.2
+EFFICIENCY = 0.3  # of a plain product's speed that a layer reaches
 
 
 def describe_time(context: RunContext, meta_model: Any) -> str:
-    """One line: an estimate of the tuning time on this device, which is timed for a fraction of a second."""
-    flops = tuning_flops(context, meta_model)
-    hidden = meta_model.config.get_text_config().hidden_size
-    speed = product_flops_per_second(context.device, context.dtype, hidden) * context.ranks.world_size
-    minutes = flops / (EFFICIENCY * speed) / 60
-    shown = f"about {minutes / 60:.1f} hours" if minutes >= 90 else f"about {minutes:.0f} minutes"
-    shown = shown if minutes >= 1.5 else "a minute or less"
+    """One line: an estimate of the tuning time on this device, on which one layer is timed."""
+    flops, shapes = tuning_flops(context, meta_model), training_shapes(meta_model, context.sites)
+    weights = sum(linear.weight_count for linear in shapes.linears) // shapes.layers
+    speed = _timed_speed(context, meta_model.config, weights, context.config.train.micro_tokens)
+    minutes = flops / speed / 60
+    shown = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
     return (
-        f"time: tuning takes {shown} on {context.device} (an estimate, right within a factor of two or three: "
-        f"{flops:.1e} FLOPs at {EFFICIENCY:.0%} of the {speed:.1e}/s of a plain product); scoring comes on top"
+        f"time: about {shown} of tuning on {context.device}, scoring on top (an estimate under the machine's present "
+        f"load, good to a factor of three: {flops:.1e} FLOPs, and one layer reaches {speed:.1e} a second; small models "
+        "on a GPU are faster)"
     )
 
 
 def tuning_flops(context: RunContext, meta_model: Any) -> float:
-    """FLOPs of all that a run tunes: every size, the dense model, trials of learning rates; not of validations."""
+    """FLOPs of all that a run tunes: decisions, sizes, trials of learning rates, the dense model; not of attention.
+
+    A weight takes 2 a token forward and 2 backward, and 2 more if it is tuned. Muon's products count at full speed.
+    """
     config, shapes = context.config, training_shapes(meta_model, context.sites)
-    text_share = config.data.distill_texts_share if "texts" in context.encoded else 0.0
-    shares: dict[SplitName, float] = {"train": 1 - text_share, **({"texts": text_share} if text_share else {})}
-    lengths = {name: [len(each.token_ids) for each in split.examples] for name, split in context.encoded.items()}
-    length = sum(share * fmean(lengths[name]) for name, share in shares.items())
-    square = sum(share * fmean(each**2 for each in lengths[name]) for name, share in shares.items())
-    shape = {"tokens": round(config.train.batch_size * length), "length": round(square / length)}
-    longest = max(max(lengths[name]) for name in shares)
-    setup = training_setup(config, context.dtype, longest=longest, all_weights=config.train.weights == "all")
+    train, head, rank = config.train, shapes.vocab_size * shapes.hidden_size, config.lora.rank
+    dense = sum(linear.weight_count for linear in shapes.linears)
+    adapters = sum(linear.rows + linear.columns for linear in shapes.linears)  # of rank 1
+    muon = sum(30 * min(linear.rows, linear.columns) * linear.weight_count for linear in shapes.linears)
+    shares: dict[SplitName, float] = {"train": 1.0}
+    if "texts" in context.encoded:
+        shares = {"train": 1 - config.data.distill_texts_share, "texts": config.data.distill_texts_share}
+    lengths = {name: [len(row.token_ids) for row in split.examples] for name, split in context.encoded.items()}
+    tokens = train.batch_size * sum(share * fmean(lengths[name]) for name, share in shares.items())
+    teacher_flops = 0.0 if config.distill.teacher == "none" else 2 * (dense + 2 * head) * config.distill.share
+
+    def tune(keep: float, rank: int = rank, teacher: float = teacher_flops, weights: str = train.weights) -> float:
+        if weights == "all":
+            return tokens * (6 * keep * dense + 4 * head + teacher) + EFFICIENCY * keep * muon
+        return tokens * (4 * keep * dense + 6 * rank * adapters + 4 * head + teacher)
+
     schedule = build_schedule(config)
-    total = float(schedule.search * step_flops(shapes, setup, phase="search", **shape))
-    total += (schedule.settle - schedule.search) * _tune(shapes, replace(setup, keep=1.0, all_weights=False), shape)
+    total = (schedule.search + schedule.settle) * tune(1.0, weights="adapters")  # a search has two passes
     for cut in schedule.cuts:
-        total += schedule.stage_steps(cut.step) * _tune(shapes, replace(setup, keep=schedule.keep_after(cut)), shape)
-        if config.search.method == "progressive":
-            total += config.search.init_batches * step_flops(shapes, replace(setup, keep=1.0), phase="scores", **shape)
-    if not config.train.learning_rate:
-        total *= 1 + TRIAL_SHARE * len(TRIED_RATES)
-    size_shares = config.train.size_share
+        scores = 0 if schedule.search else config.search.init_batches * tune(1.0, rank=0, weights="adapters")
+        total += scores + schedule.stage_steps(cut.step) * tune(schedule.keep_after(cut))
+    total *= 1 if train.learning_rate else 1 + TRIAL_SHARE * len(TRIED_RATES)
     for index, keep in enumerate(config.budget.sizes):
-        steps = config.train.steps * size_shares[min(index, len(size_shares) - 1)]
-        total += steps * _tune(shapes, replace(setup, keep=keep), shape)
+        total += train.size_share[min(index, len(train.size_share) - 1)] * train.steps * tune(keep)
     if config.evaluate.dense_tuned or config.distill.teacher == "dense":
-        dense = replace(setup, keep=1.0, rank=config.lora.dense_rank, all_weights=False, teacher=False)
-        total += config.train.steps * _tune(shapes, dense, shape)
+        total += train.steps * tune(1.0, rank=config.lora.dense_rank, teacher=0.0, weights="adapters")
     return total
 
 
-def _tune(shapes: TrainingShapes, setup: TrainingSetup, shape: dict[str, int]) -> float:
-    """FLOPs of one tuning step; those of Muon, plain products at full speed, count as much as they take time."""
-    flops = float(step_flops(shapes, setup, phase="tune", **shape))
-    if setup.all_weights:
-        for linear in (linear.after_cut(setup.keep) for linear in shapes.linears):
-            short, long = sorted((linear.rows, linear.columns))
-            flops += EFFICIENCY * MUON_ITERATIONS * (4 * short**2 * long + 2 * short**3)
-    return flops
+def _timed_speed(context: RunContext, config: Any, weights: int, tokens: int) -> float:
+    """FLOPs per second of the first layer, random and so many linear weights large, forward and backward to its input.
 
-
-def product_flops_per_second(device: torch.device, dtype: torch.dtype, hidden: int) -> float:
-    """The speed of products of [512, hidden] by [hidden, 4 hidden], the best of a few."""
-    left = torch.randn(512, hidden, device=device, dtype=dtype)
-    right = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
-    best, ends = math.inf, time.perf_counter() + MEASURED_SECONDS
-    while best == math.inf or time.perf_counter() < ends:
+    On at most 2,048 tokens and about 1e11 FLOPs; the median of three passes.
+    """
+    config, rows = copy.deepcopy(config), max(1, min(tokens, 2048, int(1e11 / (4 * weights))) // 64)
+    text = config.get_text_config()
+    text.vocab_size, text.pad_token_id = 64, None
+    workload = WorkloadConfig(dtype=str(context.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    layer = build_short_model(config, [0], workload, context.device).base_model
+    inputs = torch.randn(rows, 64, text.hidden_size, device=context.device, dtype=context.dtype, requires_grad=True)
+    seconds = []
+    for _ in range(4):
         started = time.perf_counter()
-        (left @ right)[0, 0].item()  # which waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * 512 * hidden * 4 * hidden / best
+        layer(inputs_embeds=inputs, use_cache=False).last_hidden_state.float().square().mean().backward()
+        assert inputs.grad is not None
+        inputs.grad[0, 0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 4 * weights * rows * 64 / median(seconds[1:])
