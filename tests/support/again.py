@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.export.checkpoint import WrittenCheckpoint
 from prunetune.export.selfcheck import compute_logits
-from prunetune.model.loading import load_model_and_tokenizer
+from prunetune.model.config_checks import auto_class
+from prunetune.model.per_layer_classes import register_folder
 
 
 def recipe(folder: Path, model: Path, out: str, **changes: Any) -> RunConfig:
@@ -33,5 +35,7 @@ def recipe(folder: Path, model: Path, out: str, **changes: Any) -> RunConfig:
 
 def reopen_here(written: WrittenCheckpoint, tokens: Tensor, **_: Any) -> dict[str, Tensor]:
     """Replaces `selfcheck.reopen_in_fresh_process`."""
-    model = load_model_and_tokenizer(str(written.folder), device=torch.device("cpu"), dtype=torch.float32).model
+    register_folder(written.folder)
+    auto = auto_class(AutoConfig.from_pretrained(written.folder))
+    model = auto.from_pretrained(written.folder, dtype=torch.float32).eval()
     return {"logits": compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
