@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from prunetune import cut, find_sites, masked
 from prunetune.errors import ConfigError
+from prunetune.export import selfcheck
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.formats import ExportOptions, export_run
 from prunetune.export.stock_config import kv_groups_validator
@@ -22,7 +23,7 @@ from prunetune.pruning.sites import lora_target_modules
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from prunetune.utils.console import SilentConsole
-from support.again import recipe
+from support.again import recipe, reopen_here
 from support.evaluation import characters, write_model_and_rows
 from support.models import relative, with_lora
 
@@ -156,9 +157,9 @@ def test_text_model_is_pruned_inside_its_wrapper(kind: str, tmp_path: Path) -> N
             assert torch.equal(tensor, whole[name]), name
 
 
-def test_run_of_a_multimodal_model_writes_one(tmp_path: Path) -> None:
+def test_run_of_a_multimodal_model_writes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layout uniform, with the processor's files and a card that opens it; other formats are refused in one line."""
-    write_model_and_rows(tmp_path, 8)
+    write_model_and_rows(tmp_path, 6)
     wrapper("gemma3").save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "preprocessor_config.json").write_text("{}")
     run(recipe(tmp_path, tmp_path / "dense", "run", layout="uniform"))
@@ -168,6 +169,7 @@ def test_run_of_a_multimodal_model_writes_one(tmp_path: Path) -> None:
     config = json.loads((result / "config.json").read_text())
     assert config["text_config"]["intermediate_size"] < TEXT["intermediate_size"]
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
+    monkeypatch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)  # the run has had its check in a fresh one
     exported = export_run(tmp_path / "run", to="uniform", options=ExportOptions(dtype="bf16"))
     assert json.loads((exported.path / "config.json").read_text())["text_config"] == config["text_config"]
     with pytest.raises(ConfigError, match=r"^gguf of a multimodal model \(gemma3\) is not written: use --to uniform"):

@@ -12,7 +12,7 @@ import torch
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import ConfigError, ModelError
 from prunetune.export import selfcheck
-from prunetune.export.checkpoint import WrittenCheckpoint, write_checkpoint
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.formats import ExportOptions, export_run
 from prunetune.export.gguf import llamacpp
 from prunetune.export.selfcheck import compute_logits
@@ -24,7 +24,7 @@ from prunetune.pipeline.run import run
 from prunetune.pruning.remaining_sites import plan_within
 from prunetune.pruning.units import dense_plan
 from prunetune.utils.console import SilentConsole
-from support.again import recipe
+from support.again import recipe, reopen_here
 from support.data import subwords
 from support.evaluation import characters, speaker, write_model_and_rows
 from support.export import plan_of, reference_here
@@ -84,11 +84,6 @@ def uniform_plan(model: Any) -> Plan:
 @pytest.fixture
 def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks in this process, as fresh ones take seconds to start."""
-
-    def reopen_here(written: WrittenCheckpoint, tokens: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
-        model = load_model_and_tokenizer(str(written.folder), **ON_CPU).model
-        return {"logits": compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
-
     monkeypatch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)
     monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
 

@@ -1,11 +1,19 @@
-"""The recipe of a run of two steps."""
+"""The recipe of a run of two steps, and a self-check in this process, as fresh ones take seconds to start."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
 from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.export.checkpoint import WrittenCheckpoint
+from prunetune.export.selfcheck import compute_logits
+from prunetune.model.config_checks import auto_class
+from prunetune.model.per_layer_classes import register_folder
 
 
 def recipe(folder: Path, model: Path, out: str, **changes: Any) -> RunConfig:
@@ -23,3 +31,11 @@ def recipe(folder: Path, model: Path, out: str, **changes: Any) -> RunConfig:
         "evaluate": {"dense_tuned": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 2},
     }
     return from_mapping(values | changes)
+
+
+def reopen_here(written: WrittenCheckpoint, tokens: Tensor, **_: Any) -> dict[str, Tensor]:
+    """Replaces `selfcheck.reopen_in_fresh_process`."""
+    register_folder(written.folder)
+    auto = auto_class(AutoConfig.from_pretrained(written.folder))
+    model = auto.from_pretrained(written.folder, dtype=torch.float32).eval()
+    return {"logits": compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}

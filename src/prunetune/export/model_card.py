@@ -56,14 +56,14 @@ class Provenance:
 
 def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     """README.md of the model folder: where the model comes from, what was removed, its scores, how to open it."""
+    usage = _usage_section(_written_layout(provenance, sites))
+    if any(f".{part}." in sites[0].name for part in ("language_model", "text_model")):  # inside a multimodal model
+        usage = usage.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
     sections = [
         _front_matter(provenance),
         f"# {markdown_text(provenance.config.model)}, tuned and pruned",
         _summary(provenance, plan, sites),
-        _usage_section(_written_layout(provenance, sites)).replace(
-            "AutoModelForCausalLM",
-            "AutoModelForImageTextToText" if _is_inside_wrapper(sites) else "AutoModelForCausalLM",
-        ),
+        usage,
         _history_section(provenance.history),
         _size_section(provenance.manifest),
         _score_section(provenance.scores, provenance.manifest),
@@ -71,10 +71,6 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         _licence_section(provenance.licence),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def _is_inside_wrapper(sites: Sequence[Site]) -> bool:
-    return any(f".{part}." in sites[0].name for part in ("language_model", "text_model"))
 
 
 def _written_layout(provenance: Provenance, sites: Sequence[Site]) -> str:

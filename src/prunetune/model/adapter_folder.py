@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import torch
 
 from prunetune.errors import ModelError
-from prunetune.model.gguf_import import cache_folder
+from prunetune.model.gguf_import import cache_folder, save_in_cache
 from prunetune.model.loading import load_model_and_tokenizer, load_tokenizer, resolve_model_path
 from prunetune.utils.failures import reading_model_files
-from prunetune.utils.files import atomic_folder, sha256
+from prunetune.utils.files import sha256
 from prunetune.utils.untrusted import parse_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -75,16 +73,7 @@ def _merge(name: str, base: str, folder: Path, merged: Path) -> None:
             adapted: Any = PeftModel.from_pretrained(model, folder)
         model = adapted.merge_and_unload(safe_merge=True)
     tokenizer = load_tokenizer(base) if not (folder / "tokenizer.json").is_file() else _own_tokenizer(name, folder)
-    process_folder = merged.with_name(f"{merged.name}-{os.getpid()}")
-    with atomic_folder(process_folder) as partial:
-        model.to(loaded.checkpoint_dtype).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    try:
-        process_folder.rename(merged)
-    except OSError:  # another process was first, with the same weights
-        if not merged.is_dir():
-            raise
-        shutil.rmtree(process_folder)
+    save_in_cache(model.to(loaded.checkpoint_dtype), tokenizer, merged)
 
 
 def _own_tokenizer(name: str, folder: Path) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prunetune.errors import ModelError
-from prunetune.pruning.families import FAMILIES, INSIDE_WRAPPERS, MODEL_TYPE_PREFIX
+from prunetune.errors import ModelError, UnknownArchitecture
+from prunetune.pruning.families import FAMILIES, MODEL_TYPE_PREFIX, get_family
 from prunetune.utils.untrusted import short_repr
 
 CORRECT_CONFIG = "correct config.json, or fetch it again"
@@ -114,11 +114,14 @@ def raise_unless_causal_lm(name: str, config: Any) -> None:
 def raise_if_unknown_inside(name: str, config: Any) -> None:
     """Raises `ModelError` for a multimodal model that takes no images, or whose language model cannot be pruned."""
     text = config.get_text_config()
-    is_known = text.model_type in FAMILIES or text.model_type in INSIDE_WRAPPERS
-    if text is config or (is_known and is_multimodal(config)):
+    if text is config:
         return
-    advice = "save its language model by itself, and name that folder"
-    if not is_known:
+    try:
+        get_family(config)
+        if is_multimodal(config):
+            return
+        advice = "save its language model by itself, and name that folder"
+    except UnknownArchitecture:
         advice = f"which cannot be pruned either; can be: {', '.join(FAMILIES)}"
     raise ModelError(
         f"model {name}: {config.model_type!r} is a multimodal model, with the language model {text.model_type!r} "

@@ -56,13 +56,18 @@ def _convert(file: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
+    save_in_cache(model.to(STORAGE_DTYPE), tokenizer, folder)
+
+
+def save_in_cache(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model folder of the cache whole; where another process was first, with the same weights, keep its own."""
     process_folder = folder.with_name(f"{folder.name}-{os.getpid()}")
     with atomic_folder(process_folder) as partial:
-        model.to(STORAGE_DTYPE).save_pretrained(partial)
+        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     try:
         process_folder.rename(folder)
-    except OSError:  # another process was first, with the same weights
+    except OSError:
         if not folder.is_dir():
             raise
         shutil.rmtree(process_folder)

@@ -14,6 +14,8 @@ from prunetune.utils.untrusted import parse_json
 
 HISTORY_FILE = "history.json"
 
+KINDS = {"model": str, "layout": str, "kept": float, "params": int, "steps": int, "recipe_sha256": str}
+
 
 @dataclass(frozen=True)
 class PruningRun:
@@ -38,14 +40,7 @@ def read_history(model: str) -> tuple[PruningRun, ...]:
         return ()
     with reading_model_files(f"model {model}: {HISTORY_FILE}", "put it back, or remove it"):
         return tuple(
-            PruningRun(
-                model=str(run["model"]),
-                layout=str(run["layout"]),
-                kept=float(run["kept"]),
-                params=int(run["params"]),
-                steps=int(run["steps"]),
-                recipe_sha256=str(run["recipe_sha256"]),
-            )
+            PruningRun(**{name: kind(run[name]) for name, kind in KINDS.items()})
             for run in parse_json(file.read_bytes())
         )
 

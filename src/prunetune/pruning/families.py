@@ -146,11 +146,9 @@ def head_counts(config: Any, layer: int = 0) -> HeadCounts:
     queries = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or queries
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return (
-        HeadCounts(0, 0, head_dim)
-        if "attention" in getattr(config, "skip", ())
-        else HeadCounts(queries, groups, head_dim)
-    )
+    if "attention" in getattr(config, "skip", ()):
+        queries = groups = 0
+    return HeadCounts(queries, groups, head_dim)
 
 
 def num_experts_key(config: Any) -> str:
