@@ -1,0 +1,221 @@
+"""Architectures without an entry: what belongs together by configuration and names, if a small random model agrees.
+
+A kind of unit counts as prunable where a small model of the configuration, masked, equals the same model cut. So a
+coupling that is read wrongly is refused, and never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.errors import ConfigError, UnknownArchitecture
+from prunetune.plan import Plan
+from prunetune.pruning import families
+from prunetune.pruning.cut import cut_linears
+from prunetune.pruning.families import Family, MixtureOfExperts, is_of_heads, layer_prefixes, plan_inside_layers
+from prunetune.pruning.masking import masked
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.tiny_models import tiny_config, tiny_model
+from prunetune.pruning.units import KIND_BY_NAME, Site, UnitKind
+from prunetune.pruning.whole_blocks import remove_layers
+from prunetune.utils.failures import first_line
+
+TOLERANCE = 1e-5  # largest difference of logits over their largest magnitude, float32
+INNER_KINDS = (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL, UnitKind.EXPERT, UnitKind.EXPERT_CHANNEL)
+# Names that linears of a block have in most classes of transformers, for blocks that the plan leaves out.
+PRODUCERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj") + (
+    "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "input_linear"
+)  # fmt: skip
+CONSUMERS = ("o_proj", "out_proj", "dense", "down_proj", "w2", "fc2", "output_linear")
+
+_families: dict[str, Family | UnknownArchitecture] = {}  # by the small configuration, as JSON
+_candidates: dict[str, Family] = {}  # of architectures under check
+
+
+def checked_family(config: Any) -> Family:
+    """What a small model of this configuration shows to hold; raises `UnknownArchitecture` where no unit can be cut."""
+    if candidate := _candidates.get(config.model_type):
+        return candidate
+    try:
+        small = tiny_config(config)
+        key = small.to_json_string(use_diff=False)
+    except Exception as error:  # each class refuses in its own way
+        raise _refusal(config, f"a small one of its configuration cannot be made ({first_line(error)})") from error
+    if key not in _families:
+        try:
+            _families[key] = _check(small)
+        except UnknownArchitecture as refusal:
+            _families[key] = refusal
+    family = _families[key]
+    if isinstance(family, UnknownArchitecture):
+        raise UnknownArchitecture(str(family))
+    return family
+
+
+def _refusal(config: Any, reason: str) -> UnknownArchitecture:
+    return UnknownArchitecture(
+        f"architecture {config.model_type!r} is not known, and {reason}; docs/extend/family.md says what an entry takes"
+    )
+
+
+def _check(config: Any) -> Family:
+    """The family of a small configuration, with the kinds that do not hold as unprunable."""
+    try:
+        model = tiny_model(config)
+        _logits(model)
+        family = read_family(model)
+    except Exception as error:  # each class refuses in its own way
+        raise _refusal(config, f"a small one of its configuration does not run ({first_line(error)})") from error
+    _candidates[config.model_type] = family
+    try:
+        for name, kind in KIND_BY_NAME.items():
+            if reason := _difference(config, (name,)):
+                family = replace(family, unprunable={**family.unprunable, kind: reason})
+                _candidates[config.model_type] = family
+        held = [name for name, kind in KIND_BY_NAME.items() if kind not in family.unprunable]
+        if not any(KIND_BY_NAME[name] in INNER_KINDS for name in held):
+            reasons = dict.fromkeys(family.unprunable[kind] for kind in INNER_KINDS[:2])
+            raise _refusal(config, f"nothing of it can be cut: {'; '.join(reasons)}")
+        if reason := _difference(config, held):
+            raise _refusal(config, reason)
+    finally:
+        del _candidates[config.model_type]
+    return family
+
+
+def _difference(config: Any, units: Collection[str]) -> str:
+    """Why these kinds of units cannot be cut in a model of this small configuration; "" where masked equals cut."""
+    try:
+        model = tiny_model(config)
+        sites = find_sites(model, units)
+        if not {KIND_BY_NAME[name] for name in units} <= {site.kind for site in sites}:
+            return "its layers have none"
+        plan = _some_units(sites)
+        with masked(model, plan, sites=sites):
+            expected = _logits(model)
+        dense = _logits(model)
+        cut_linears(model, plan, sites=sites)
+        results = [_logits(model)]
+        remove_layers(model, plan, sites)
+        results.append(_logits(model))
+        if {site.kind for site in sites} == {UnitKind.LAYER}:
+            _raise_if_config_differs(model)
+    except ConfigError as refused:  # a kind that the architecture rules out: its own reason is kept
+        return str(refused).rpartition("model: ")[2]
+    except Exception as error:  # each class fails in its own way
+        return f"a cut model of its configuration does not run ({first_line(error)})"
+    scale = float(expected.abs().max())
+    if not torch.isfinite(expected).all() or float((dense - expected).abs().max()) < 1e-4 * scale:
+        return "a mask makes no difference in a small model of its configuration"
+    if max(float((result - expected).abs().max()) for result in results) > TOLERANCE * scale:
+        return "a small model of its configuration computes something else after the cut than masked"
+    return ""
+
+
+def _raise_if_config_differs(model: Any) -> None:
+    """Removed layers have to be removed by the configuration, too: a model made from it has the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        rebuilt = AutoModelForCausalLM.from_config(model.config)
+    shapes = [{name: weight.shape for name, weight in each.named_parameters()} for each in (model, rebuilt)]
+    if shapes[0].keys() != shapes[1].keys():
+        raise UnknownArchitecture("its configuration ties layers to their index")
+
+
+def _some_units(sites: Collection[Site]) -> Plan:
+    """A plan that keeps about half of all units, others in each layer, and obeys floors and nesting."""
+    kept: dict[str, tuple[int, ...]] = {}
+    by_name = {site.name: site for site in sites}
+    for place, site in enumerate(sites):
+        parent = by_name.get(site.parent)
+        groups = site.open_parent_groups(kept[parent.name] if parent else None, parent.units if parent else 1)
+        size = site.units_per_group
+        count = max(site.min_units_per_group, size // 2 if size > 1 else place % 2)
+        offset = place % (size - count + 1)
+        kept[site.name] = tuple(group * size + unit for group in groups for unit in range(offset, offset + count))
+    return Plan(kept, {site.name: site.units for site in sites})
+
+
+def _logits(model: Any) -> Tensor:
+    tokens = torch.arange(24).view(2, 12) * 5 % 113 + 3
+    with torch.no_grad():
+        return model(tokens.clamp(max=model.config.vocab_size - 1), use_cache=False).logits
+
+
+def read_family(model: Any) -> Family:
+    """What configuration, names and shapes of a small model say, which is not checked yet."""
+    layers = [dict(model.get_submodule(prefix).named_modules()) for prefix in layer_prefixes(model)]
+    linears = {name for layer in layers for name, module in layer.items() if isinstance(module, nn.Linear)}
+    plan = {name: style for name, style in plan_inside_layers(model.config).items() if name in linears}
+    for is_head in (True, False):
+        stated = {name: style for name, style in plan.items() if is_of_heads(name) is is_head}
+        if any(style.startswith("rowwise") for style in stated.values()):
+            continue
+        plan = {name: style for name, style in plan.items() if name not in stated} | _named_block(linears, is_head)
+    mixture = _read_mixture(model, layers)
+    unprunable: dict[UnitKind, str] = {}
+    for kind in (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL):
+        if not any(style.startswith("rowwise") and is_of_heads(n) is (kind is UnitKind.KV_GROUP) for n, style in plan.items()):
+            unprunable[kind] = f"no linears that it names could be {'heads' if kind.is_head else 'channels'}"
+    widths = [
+        module.in_features
+        for layer in layers
+        for name, module in layer.items()
+        if plan.get(name, "").startswith("rowwise") and not is_of_heads(name)
+    ]
+    return Family(
+        tp_plan=plan,
+        intermediate_size_key=_size_key(model.config, widths[0]) if widths else "",
+        unprunable=unprunable,
+        mixture=mixture,
+        attention_sinks="self_attn.sinks" if any(hasattr(l.get("self_attn"), "sinks") for l in layers) else "",
+    )
+
+
+def _named_block(linears: Collection[str], is_head: bool) -> dict[str, str]:
+    """The linears of the one block whose consumer and producers have customary names."""
+    for consumer in sorted(linears):
+        module, _, leaf = consumer.rpartition(".")
+        producers = sorted(f"{module}.{name}" for name in PRODUCERS if f"{module}.{name}" in linears)
+        producers = [name for name in producers if is_of_heads(name) is is_head]
+        if leaf in CONSUMERS and is_of_heads(consumer) is is_head and producers and module.count(".") == 0:
+            return dict.fromkeys(producers, "colwise") | {consumer: "rowwise"}
+    return {}
+
+
+def _size_key(config: Any, size: int) -> str:
+    """The configuration's option of this value for a width; "" where there is none."""
+    keys = [key for key, value in config.to_dict().items() if value == size and ("inter" in key or "ff" in key)]
+    return keys[0] if keys else ""
+
+
+def _read_mixture(model: Any, layers: Collection[dict[str, nn.Module]]) -> MixtureOfExperts | None:
+    """Fused experts with gate and up in one parameter, and the router beside them."""
+    for layer in layers:
+        for name, module in layer.items():
+            fused = dict(module.named_parameters(recurse=False))
+            if not {"gate_up_proj", "down_proj"} <= set(fused) or fused["down_proj"].dim() != 3:
+                continue
+            block, hidden = name.rpartition(".")[0], model.config.hidden_size
+            experts, transposed = len(fused["down_proj"]), fused["down_proj"].shape[2] == hidden
+            routers = [
+                other
+                for other, router in layer.items()
+                if other.rpartition(".")[0] == block
+                and other != name
+                and any(len(weight) == experts for weight in router.parameters(recurse=False))
+            ]
+            return MixtureOfExperts(
+                router=routers[0] if routers else f"{block}.gate",
+                intermediate_size_key=_size_key(model.config, fused["down_proj"].shape[1 if transposed else 2]),
+                transposed=transposed,
+                block=block,
+                experts=name,
+            )
+    return None
