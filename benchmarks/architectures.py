@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import resource
+import shutil
 import tempfile
 import time
 import traceback
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prunetune import cut, find_sites, masked
 from prunetune.errors import PrunetuneError
 from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.layout_check import check_layout
 from prunetune.export.stock_config import kv_groups_validator
 from prunetune.model.loading import load_meta_model
 from prunetune.pruning.families import FAMILIES
@@ -111,14 +113,16 @@ def survey(model_type: str) -> Row:
         model = tiny_model(tiny_config(example_config(model_type)))
     except Exception as error:  # noqa: BLE001 - each class refuses in its own way
         return Row(name, model_type, refusal=f"no small model of the class's defaults: {str(error).splitlines()[0]}")
+    folder = Path(tempfile.mkdtemp())
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            return check(name, model_type, model, Path(folder))
+        return check(name, model_type, model, folder)
     except PrunetuneError as refusal:
-        return Row(name, model_type, refusal=str(refusal))
+        return Row(name, model_type, refusal=str(refusal).removeprefix(f"model {folder / 'dense'}: "))
     except Exception as error:  # noqa: BLE001
         logging.getLogger(__name__).info("%s", traceback.format_exc())
         return Row(name, model_type, fault=f"FAULT {type(error).__name__}: {str(error)[:200]}")
+    finally:
+        shutil.rmtree(folder)
 
 
 def check(name: str, model_type: str, model: Any, folder: Path) -> Row:
@@ -134,6 +138,7 @@ def check(name: str, model_type: str, model: Any, folder: Path) -> Row:
         model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval().requires_grad_(False)
         scores = {site.name: torch.rand(site.units) for site in sites}
         try:
+            check_layout(model.config, units, layout)
             rules = PlanConstraints(layout, align=8, allows_groups=kv_groups_validator(model.config))
             plan = select(scores, sites, 0.7, rules)
             with masked(model, plan, sites=sites):
@@ -176,6 +181,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.INFO if options.types else logging.ERROR, format="%(message)s")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     started, rows = time.monotonic(), []
     for types in [[name] for name in options.types] or classes().values():

@@ -52,7 +52,8 @@ def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) 
 
 def raise_if_unprunable(name: str, values: Mapping[str, Any]) -> None:
     """Raises `ModelError` for checkpoints that may open, and that no plan can cut: of mixed widths, or quantised."""
-    if "per_layer_config" in values:
+    family = str(values.get("model_type"))  # some stock classes have layers of several sizes themselves: Gemma 4
+    if "per_layer_config" in values and (family.startswith("pruned_") or family in FAMILIES):
         raise ModelError(
             f"model {name}: a result of layout per-layer cannot be pruned again: name the dense model that it was cut "
             "from, or prune a result of --layout uniform"

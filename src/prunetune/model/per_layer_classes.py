@@ -17,7 +17,6 @@ from prunetune.errors import ModelError
 from prunetune.model.per_layer_code import generate_code
 from prunetune.model.per_layer_config import MODEL_TYPE_PREFIX
 from prunetune.model.per_layer_templates import CONFIGURATION_TEMPLATE
-from prunetune.pruning.families import FAMILIES
 from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def register_folder(folder: Path) -> None:
     try:
         values = parse_json((folder / "config.json").read_bytes())
         family = values["model_type"].removeprefix(MODEL_TYPE_PREFIX)
-        is_per_layer = family != values["model_type"] and family in FAMILIES and family in CONFIG_MAPPING
+        is_per_layer = family != values["model_type"] and family in CONFIG_MAPPING
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # loading says what is wrong with the file
     if is_per_layer:

@@ -32,9 +32,18 @@ def dense_config(values: Mapping[str, Any], folder: object) -> Any:
     family = str(values["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
     if family not in CONFIG_MAPPING:
         raise ModelError(f"{folder}: {family} is no architecture of transformers; name a model of one that is")
-    stock_values = {key: value for key, value in values.items() if key not in NON_STOCK_KEYS}
+    stock_values = {key: _with_floats(value) for key, value in values.items() if key not in NON_STOCK_KEYS}
     with reading_model_files(f"{folder}/config.json does not fit {family}", "write the model again"):
         return CONFIG_MAPPING[family].from_dict(stock_values | {"model_type": family})
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of config.json with infinite numbers as such, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, dict):
+        return float(value["__float__"]) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
+    return value
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,10 @@ def width_option_names(config: Any) -> dict[str, str]:
 def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[str, Any]:
     """`per_layer_config` for config.json, whose other values remain the dense model's; every layer has an entry."""
     heads, options = head_counts(config), width_option_names(config)
-    new_index = {layer: index for index, layer in enumerate(surviving_layers(plan, sites))}
+    if any(site.kind is UnitKind.LAYER for site in sites):
+        new_index = {layer: index for index, layer in enumerate(surviving_layers(plan, sites))}
+    else:  # a hybrid's layers may have no sites
+        new_index = {layer: layer for layer in range(config.num_hidden_layers)}
     layers: dict[str, dict[str, Any]] = {f"{index:02d}": {} for index in new_index.values()}
     for site in sites:
         if site.layer not in new_index or site.kind is UnitKind.LAYER:

@@ -14,9 +14,10 @@ from prunetune.config.recipe import RunConfig
 from prunetune.cost.budget_limits import TIMED_BUDGETS, make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
 from prunetune.errors import ConfigError
+from prunetune.export.layout_check import check_layout
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.pipeline.budget_preview import budget_usage_lines
-from prunetune.pruning.units import Site, UnitKind
+from prunetune.pruning.units import Site, UnitKind, effective_layout
 from prunetune.runs.folder import RunFolder
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
@@ -59,6 +60,8 @@ def _raise_if_not_representable(
             f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
             f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
         )
+    layout = effective_layout(config.layout, sites)
+    check_layout(model_config, config.budget.units, layout)
     if config.layout == "uniform":
         if UnitKind.MLP_CHANNEL in kinds:
             mlp_width_option(model_config)

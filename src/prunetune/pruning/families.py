@@ -60,6 +60,7 @@ HEAD_DIM_DERIVED = "its head dimension is the hidden size divided by the heads, 
 NO_HEADS = {UnitKind.KV_GROUP: HEAD_DIM_DERIVED}
 IN_EXPERTS = "its channels are in experts: see experts and expert-channels"
 WIDE_NORM = "its norms of queries or keys hold more than one head's weights"
+OWN_SIZES = "its layers have heads of different sizes"
 ADDS_RESIDUAL = "its attention adds the residual itself, so that its output is more than its own"
 POST_NORM = "it normalises after the residual, so that an empty layer would change what passes"
 SCALED_BY_DEPTH = "scale_attn_by_inverse_layer_idx ties a layer's weights to its place in the stack"
@@ -128,10 +129,19 @@ class HeadCounts:
 
 
 def head_counts(config: Any) -> HeadCounts:
-    """Read a configuration, with the defaults of `transformers` where it says nothing."""
-    queries = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or queries
-    return HeadCounts(queries, groups, getattr(config, "head_dim", None) or config.hidden_size // queries)
+    """Read a configuration, with the defaults of `transformers` where it says nothing.
+
+    Raises `UnknownArchitecture` for one without attention.
+    """
+    # The model's values, where `per_layer_config` has others for some layers.
+    values = config.to_dict() if config.is_heterogeneous else {}
+    queries, groups, head_dim = (
+        values.get(name) or getattr(config, name, None)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if not queries:
+        raise UnknownArchitecture(f"{config.model_type!r} has no attention heads")
+    return HeadCounts(queries, groups or queries, head_dim or config.hidden_size // queries)
 
 
 def num_experts_key(config: Any) -> str:
@@ -208,7 +218,7 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
         mlp=blocks.get(UnitKind.MLP_CHANNEL),
         unprunable=unprunable,
         family=family,
-        experts_per_token=config.num_experts_per_tok if family.mixture else 0,
+        experts_per_token=_experts_per_token(config) if family.mixture else 0,
     )
 
 
@@ -221,11 +231,18 @@ def _unprunable_by_config(config: Any, family: Family, heads: HeadCounts) -> dic
         reasons[UnitKind.MLP_CHANNEL] = IN_EXPERTS
     if heads.queries_per_kv_head < 2:
         reasons[UnitKind.QUERY_HEAD] = ONE_QUERY_HEAD
+    if config.is_heterogeneous:  # Gemma 4
+        reasons[UnitKind.KV_GROUP] = OWN_SIZES
     if not getattr(config, "do_layer_norm_before", True):
         reasons[UnitKind.LAYER] = POST_NORM
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         reasons[UnitKind.LAYER] = SCALED_BY_DEPTH
     return reasons
+
+
+def _experts_per_token(config: Any) -> int:
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+    return int(next(getattr(config, name) for name in names if getattr(config, name, None)))
 
 
 def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -235,6 +252,7 @@ def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     count = cast(Any, model).config.num_hidden_layers
     children = decoder.named_children()
     lists = [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) == count]
+    lists = [name for name in lists if name == "layers"] or lists
     if len(lists) != 1:
         raise UnknownArchitecture(f"{base} has {len(lists)} lists of {count} layers, and one is needed")
     return tuple(f"{base}.{lists[0]}.{index}" for index in range(count))
@@ -257,7 +275,8 @@ def _has_wide_norm(attention: nn.Module, head_dim: int) -> bool:
         for name, child in attention.named_children()
         if not isinstance(unwrap_adapter(child), nn.Linear) and "_a_" not in name
     )
-    return any(weight.numel() > head_dim for norm in norms for weight in norm.parameters())
+    weights = (weight for norm in norms for weight in norm.parameters(recurse=False))
+    return any(weight.numel() > head_dim for weight in weights if weight.dim() == 1)
 
 
 def plan_inside_layers(config: Any) -> dict[str, str]:

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.errors import ConfigError, UnknownArchitecture
+from prunetune.errors import UnknownArchitecture
 from prunetune.plan import Plan
-from prunetune.pruning import families
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.families import Family, MixtureOfExperts, is_of_heads, layer_prefixes, plan_inside_layers
+from prunetune.pruning.families import (
+    Family,
+    MixtureOfExperts,
+    architecture_info,
+    is_of_heads,
+    layer_prefixes,
+    plan_inside_layers,
+)
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.tiny_models import tiny_config, tiny_model
@@ -29,9 +35,9 @@ TOLERANCE = 1e-5  # largest difference of logits over their largest magnitude, f
 INNER_KINDS = (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL, UnitKind.EXPERT, UnitKind.EXPERT_CHANNEL)
 # Names that linears of a block have in most classes of transformers, for blocks that the plan leaves out.
 PRODUCERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj") + (
-    "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "input_linear"
+    "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "fc_in", "input_linear"
 )  # fmt: skip
-CONSUMERS = ("o_proj", "out_proj", "dense", "down_proj", "w2", "fc2", "output_linear")
+CONSUMERS = ("o_proj", "out_proj", "dense", "down_proj", "w2", "fc2", "fc_out", "output_linear")
 
 _families: dict[str, Family | UnknownArchitecture] = {}  # by the small configuration, as JSON
 _candidates: dict[str, Family] = {}  # of architectures under check
@@ -67,19 +73,21 @@ def _check(config: Any) -> Family:
     """The family of a small configuration, with the kinds that do not hold as unprunable."""
     try:
         model = tiny_model(config)
-        _logits(model)
+        small_logits(model)
         family = read_family(model)
     except Exception as error:  # each class refuses in its own way
         raise _refusal(config, f"a small one of its configuration does not run ({first_line(error)})") from error
     _candidates[config.model_type] = family
     try:
+        ruled_out = architecture_info(model).unprunable
         for name, kind in KIND_BY_NAME.items():
-            if reason := _difference(config, (name,)):
+            if kind not in ruled_out and (reason := _difference(config, (name,))):
                 family = replace(family, unprunable={**family.unprunable, kind: reason})
                 _candidates[config.model_type] = family
-        held = [name for name, kind in KIND_BY_NAME.items() if kind not in family.unprunable]
+        ruled_out = architecture_info(model).unprunable
+        held = [name for name, kind in KIND_BY_NAME.items() if kind not in ruled_out]
         if not any(KIND_BY_NAME[name] in INNER_KINDS for name in held):
-            reasons = dict.fromkeys(family.unprunable[kind] for kind in INNER_KINDS[:2])
+            reasons = dict.fromkeys(ruled_out[kind] for kind in INNER_KINDS[:2])
             raise _refusal(config, f"nothing of it can be cut: {'; '.join(reasons)}")
         if reason := _difference(config, held):
             raise _refusal(config, reason)
@@ -95,18 +103,16 @@ def _difference(config: Any, units: Collection[str]) -> str:
         sites = find_sites(model, units)
         if not {KIND_BY_NAME[name] for name in units} <= {site.kind for site in sites}:
             return "its layers have none"
-        plan = _some_units(sites)
+        plan = half_plan(sites)
         with masked(model, plan, sites=sites):
-            expected = _logits(model)
-        dense = _logits(model)
+            expected = small_logits(model)
+        dense = small_logits(model)
         cut_linears(model, plan, sites=sites)
-        results = [_logits(model)]
+        results = [small_logits(model)]
         remove_layers(model, plan, sites)
-        results.append(_logits(model))
+        results.append(small_logits(model))
         if {site.kind for site in sites} == {UnitKind.LAYER}:
             _raise_if_config_differs(model)
-    except ConfigError as refused:  # a kind that the architecture rules out: its own reason is kept
-        return str(refused).rpartition("model: ")[2]
     except Exception as error:  # each class fails in its own way
         return f"a cut model of its configuration does not run ({first_line(error)})"
     scale = float(expected.abs().max())
@@ -128,21 +134,23 @@ def _raise_if_config_differs(model: Any) -> None:
         raise UnknownArchitecture("its configuration ties layers to their index")
 
 
-def _some_units(sites: Collection[Site]) -> Plan:
-    """A plan that keeps about half of all units, others in each layer, and obeys floors and nesting."""
+def half_plan(sites: Collection[Site]) -> Plan:
+    """A plan that keeps half of all units, others in each layer, and every other block or layer, where floors let it."""
     kept: dict[str, tuple[int, ...]] = {}
-    by_name = {site.name: site for site in sites}
+    by_name, blocks = {site.name: site for site in sites}, 0
     for place, site in enumerate(sites):
         parent = by_name.get(site.parent)
         groups = site.open_parent_groups(kept[parent.name] if parent else None, parent.units if parent else 1)
-        size = site.units_per_group
-        count = max(site.min_units_per_group, size // 2 if size > 1 else place % 2)
+        size, count = site.units_per_group, max(site.min_units_per_group, site.units_per_group // 2)
+        if site.kind.is_whole_block and not site.min_units_per_group:
+            count, blocks = blocks % 2, blocks + 1
         offset = place % (size - count + 1)
         kept[site.name] = tuple(group * size + unit for group in groups for unit in range(offset, offset + count))
     return Plan(kept, {site.name: site.units for site in sites})
 
 
-def _logits(model: Any) -> Tensor:
+def small_logits(model: Any) -> Tensor:
+    """[2, 12, vocabulary] of a fixed text, without a cache."""
     tokens = torch.arange(24).view(2, 12) * 5 % 113 + 3
     with torch.no_grad():
         return model(tokens.clamp(max=model.config.vocab_size - 1), use_cache=False).logits
@@ -180,11 +188,10 @@ def read_family(model: Any) -> Family:
 
 def _named_block(linears: Collection[str], is_head: bool) -> dict[str, str]:
     """The linears of the one block whose consumer and producers have customary names."""
-    for consumer in sorted(linears):
-        module, _, leaf = consumer.rpartition(".")
-        producers = sorted(f"{module}.{name}" for name in PRODUCERS if f"{module}.{name}" in linears)
-        producers = [name for name in producers if is_of_heads(name) is is_head]
-        if leaf in CONSUMERS and is_of_heads(consumer) is is_head and producers and module.count(".") == 0:
+    for consumer in sorted(linears, key=lambda name: ("self_attn" not in name, name)):
+        start, leaf = consumer[: consumer.rfind(".") + 1], consumer.rpartition(".")[2]
+        producers = [start + name for name in PRODUCERS if start + name in linears and is_of_heads(start + name) is is_head]
+        if leaf in CONSUMERS and is_of_heads(consumer) is is_head and producers and consumer.count(".") <= 1:
             return dict.fromkeys(producers, "colwise") | {consumer: "rowwise"}
     return {}
 

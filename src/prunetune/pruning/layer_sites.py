@@ -169,7 +169,8 @@ class LayerSites:
         for name in block.producers:
             module = f"{self.prefix}.{name}"
             rows = axis_size(get_base_linear(self.model, module), ROWS)
-            fused = rows == heads.kv_heads * (group_queries + 2 * dim)  # query, key, value in this order: Phi-3
+            # Query, key, value in this order: Phi-3.
+            fused = len(block.producers) == 1 and rows == heads.kv_heads * (group_queries + 2 * dim)
             if not split_queries:
                 part_sizes = (group_queries, dim, dim) if fused else (rows // heads.kv_heads,)
                 group_rows.append(LinearSlice(module, part_sizes))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from prunetune.errors import UnknownArchitecture
 
 MOST_PARAMS = 8_000_000  # of a small model, whatever a configuration asks for
-LAYERS = 4  # at least; more where layers are of more kinds
+LAYERS = 4  # at least; more where layers are of more than two kinds
 HEAD_DIM = 16
 # Sizes by the names that configurations give them; the first pattern that fits counts.
 SIZES: Mapping[str, int] = {
@@ -30,23 +30,24 @@ SIZES: Mapping[str, int] = {
     r"attn_layer_offset": 1,
     r"\w*lora_rank|\w*time_step_rank|mamba_dt_rank": 16,
     r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_global_experts": 4,
-    r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_k|num_experts_per_token|top_k_experts": 2,
+    r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_k|num_experts_per_token|top_k_experts|moe_top_k": 2,
     r"n_group|topk_group|num_expert_group|mamba_n_groups|n_groups": 1,
-    r"linear_num_key_heads|linear_num_value_heads|index_n_heads": 2,
-    r"linear_(key|value)_head_dim": 8,
+    r"linear_num_(key_|value_)?heads|index_n_heads": 2,
+    r"linear_(key_|value_)?head_dim": 8,
     r"num_kv_shared_layers|first_k_dense_replace|num_nextn_predict_layers": 1,
     r"sliding_window\w*": 8,
 }  # fmt: skip
+NOT_STRUCTURE = ("transformers_version", "architectures", "_name_or_path", "dtype", "auto_map")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def tiny_config(config: Any) -> Any:
     """The configuration with small sizes: its layers of every kind, with 4 query heads or fewer, and 4 experts."""
-    values = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+    values = {key: value for key, value in config.to_dict().items() if key not in NOT_STRUCTURE}
     total = next((values[key] for key in LAYER_COUNTS if isinstance(values.get(key), int)), LAYERS)
     by_layer = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == total > 1}
     kinds = [tuple(str(value[index]) for value in by_layer.values()) for index in range(total)]
-    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}.values()
+    first = [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) < 2]
     others = [index for index in range(total) if index not in first]
     kept = sorted([*first, *others[: max(0, LAYERS - len(first))]])
     small = dict(values)
@@ -64,11 +65,20 @@ def tiny_config(config: Any) -> Any:
             small[key] = ("pad", "bos", "eos").index(key[:3])
     if isinstance(own := values.get("per_layer_config"), dict):
         places = {index: place for place, index in enumerate(kept)}
-        small["per_layer_config"] = {places[int(index)]: own[index] for index in own if int(index) in places}
+        small["per_layer_config"] = {
+            places[int(index)]: {
+                key: 1 if key == "num_key_value_heads" else 2 * HEAD_DIM if key == "head_dim" else value
+                for key, value in own[index].items()
+            }
+            for index in own
+            if int(index) in places
+        }
     if values.get("head_dim") and values["head_dim"] == values.get("qk_rope_head_dim"):
         small["head_dim"] = small["qk_rope_head_dim"]
     if values.get("mamba_d_head"):
-        small |= {"mamba_d_head": HEAD_DIM, "mamba_n_heads": 64 * values["mamba_expand"] // HEAD_DIM}
+        inner = 64 * values["mamba_expand"]
+        small |= {"mamba_d_head": HEAD_DIM, "mamba_n_heads": inner // HEAD_DIM}
+        small |= {"mamba_d_ssm": inner} if "mamba_d_ssm" in values else {}
     queries = values.get("num_attention_heads") or 4
     groups = values.get("num_key_value_heads") or queries
     if isinstance(queries, int) and isinstance(groups, int):
@@ -82,16 +92,20 @@ def tiny_model(config: Any) -> Any:
     """A random model of a configuration, with random biases and norms, so that no term is zero."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)  # which a model changes that loses layers
     with torch.device("meta"):
         params = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     if params > MOST_PARAMS:
         raise UnknownArchitecture(f"a small {config.model_type!r} still has {params:,} parameters")
-    with torch.random.fork_rng(devices=[]):
+    # The CPU also where transformers is building another model on the meta device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
-                nn.init.normal_(parameter, std=0.5)
+                parameter.normal_(std=0.5)
             elif parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=0.2)
+                parameter.normal_(std=0.2)
+            else:
+                parameter.uniform_(0.5, 1.0)
     return model
