@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import tempfile
 from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from prunetune.errors import ConfigError, PrunetuneError
-from prunetune.export.checkpoint import uniform_config_from_plan
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.stock_config import kv_groups_validator
+from prunetune.model.loading import quiet_transformers
 from prunetune.model.per_layer_classes import register_family
-from prunetune.model.per_layer_config import PerLayerNames, per_layer_overrides
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.family_check import TOLERANCE, half_plan, small_logits
@@ -39,18 +41,14 @@ def check_layout(config: Any, units: Collection[str], layout: str) -> None:
         if layout == "uniform" and not kv_groups_validator(small)(heads.kv_heads // 2):
             kept = {site.name: tuple(range(site.units)) for site in sites if site.kind is UnitKind.KV_GROUP}
             plan = Plan(dict(plan.kept) | kept, plan.units)
-        dense_config = copy.deepcopy(model.config)
         expected = small_logits(cut(model, plan, sites=sites))
-        if layout == "uniform":
-            rebuilt = AutoModelForCausalLM.from_config(uniform_config_from_plan(model.config, plan, sites))
-        else:
-            names = PerLayerNames.from_model(model)
-            values = model.config.to_dict() | per_layer_overrides(plan, sites, dense_config) | names.auto_map()
-            config_class, _, causal_class = register_family(small.model_type)
-            rebuilt = causal_class(config_class.from_dict(values))
-        rebuilt.load_state_dict(model.state_dict(), assign=True)
-        rebuilt.tie_weights()
-        difference = float((small_logits(rebuilt.eval()) - expected).abs().max() / expected.abs().max())
+        register_family(small.model_type)
+        no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None, eos_token_id=None)
+        with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
+            folder = Path(scratch) / "model"
+            write_checkpoint(model, no_tokenizer, plan, sites, folder, layout=layout, card="")
+            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+        difference = float((small_logits(opened) - expected).abs().max() / expected.abs().max())
     except PrunetuneError:
         raise
     except Exception as error:  # each class fails in its own way
