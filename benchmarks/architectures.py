@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,11 @@ INTRODUCTION = """\
 <!-- Written by benchmarks/architectures.py. -->
 # Architectures
 
-Every `*ForCausalLM` class of transformers {version}, made small with random weights: {held} of {total} open, and hold what a
-run needs. Masked equals cut to 1e-5, and the written model, opened again, equals the cut one. "Checked" ones have no entry
-in `families.py`: each time such a model is opened, a small one of its own configuration is cut first, and only kinds of units
-for which masked equals cut are offered. The others are refused with the line that the table shows.
+Every `*ForCausalLM` class of transformers {version}, made small with random weights: {held} of {total} open, and hold
+what a run needs. Masked equals cut to 1e-5, and the written model, opened again, equals the cut one.
+
+"Checked" ones have no entry in `families.py`: when such a model is opened, a small one of its own configuration is cut
+first, and only kinds of units for which masked equals cut are offered. The others are refused with the line shown.
 
 | class | model_type | known by | kinds of units | uniform | per-layer |
 |---|---|---|---|---|---|
@@ -111,14 +113,14 @@ def survey(model_type: str) -> Row:
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     try:
         model = tiny_model(tiny_config(example_config(model_type)))
-    except Exception as error:  # noqa: BLE001 - each class refuses in its own way
+    except Exception as error:  # each class refuses in its own way
         return Row(name, model_type, refusal=f"no small model of the class's defaults: {str(error).splitlines()[0]}")
     folder = Path(tempfile.mkdtemp())
     try:
         return check(name, model_type, model, folder)
     except PrunetuneError as refusal:
         return Row(name, model_type, refusal=str(refusal).removeprefix(f"model {folder / 'dense'}: "))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         logging.getLogger(__name__).info("%s", traceback.format_exc())
         return Row(name, model_type, fault=f"FAULT {type(error).__name__}: {str(error)[:200]}")
     finally:
@@ -136,9 +138,9 @@ def check(name: str, model_type: str, model: Any, folder: Path) -> Row:
     layouts = []
     for layout in ("uniform", "per-layer"):
         model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval().requires_grad_(False)
         scores = {site.name: torch.rand(site.units) for site in sites}
         try:
-            check_layout(model.config, units, layout)
             rules = PlanConstraints(layout, align=8, allows_groups=kv_groups_validator(model.config))
             plan = select(scores, sites, 0.7, rules)
             with masked(model, plan, sites=sites):
@@ -147,13 +149,18 @@ def check(name: str, model_type: str, model: Any, folder: Path) -> Row:
             if not result <= TOLERANCE:
                 return Row(name, model_type, kinds, fault=f"FAULT cut and masked differ by {result:.1e}")
             written = write_checkpoint(model, tokenizer(), plan, sites, folder / layout, layout=layout, card="")
-        except PrunetuneError as refusal:
-            layouts.append(str(refusal))
+            loaded = AutoModelForCausalLM.from_pretrained(folder / layout, trust_remote_code=written.needs_code).eval()
+            if not relative(logits(loaded), expected) <= TOLERANCE:
+                raise RuntimeError(f"written {layout} and opened, it is another model")
+        except Exception as error:
+            try:
+                if not isinstance(error, PrunetuneError):
+                    check_layout(model.config, units, layout)  # refuses it before training
+                    raise error
+            except PrunetuneError as refusal:
+                error = refusal
+            layouts.append(str(error))
             continue
-        loaded = AutoModelForCausalLM.from_pretrained(folder / layout, trust_remote_code=written.needs_code).eval()
-        result = relative(logits(loaded), expected)
-        if not result <= TOLERANCE:
-            return Row(name, model_type, kinds, fault=f"FAULT written {layout} and opened, it differs by {result:.1e}")
         layouts.append("yes")
     return Row(name, model_type, kinds, (layouts[0], layouts[1]), "; ".join(layouts))
 
@@ -173,26 +180,34 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")), eos_token="</s>")
 
 
+def best_row(types: list[str]) -> Row:
+    """Of the configurations of one class, the first that holds, else the last."""
+    for model_type in types:
+        row = survey(model_type)
+        if row.holds:
+            break
+    return row
+
+
+def set_up(verbose: bool) -> None:
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all if none is named")
     parser.add_argument("--out", type=Path, help="append a row of results.jsonl to this file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.INFO if options.types else logging.ERROR, format="%(message)s")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     started, rows = time.monotonic(), []
-    for types in [[name] for name in options.types] or classes().values():
-        row = None
-        for model_type in types:
-            row = survey(model_type)
-            if row.holds:
-                break
-        assert row is not None
-        rows.append(row)
-        print(row.line(), *(layout for layout in row.layouts if layout not in ("yes", "")), flush=True)
+    with ProcessPoolExecutor(options.jobs, initializer=set_up, initargs=(bool(options.types),)) as pool:
+        for row in pool.map(best_row, [[name] for name in options.types] or classes().values()):
+            rows.append(row)
+            print(row.line(), *(layout for layout in row.layouts if layout not in ("yes", "")), flush=True)
     held, faults = sum(row.holds for row in rows), [row for row in rows if row.fault]
     print(f"{held} of {len(rows)} hold, {len(faults)} faults, {time.monotonic() - started:.0f} s")
     if not options.types:

@@ -15,8 +15,8 @@ from prunetune.model.loading import quiet_transformers
 from prunetune.model.per_layer_classes import register_family
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
-from prunetune.pruning.family_check import TOLERANCE, half_plan, small_logits
 from prunetune.pruning.families import FAMILIES, head_counts
+from prunetune.pruning.family_check import TOLERANCE, half_plan, small_logits
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.tiny_models import tiny_config, tiny_model
 from prunetune.pruning.units import UnitKind

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from prunetune.errors import ModelError
 from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
 from prunetune.model.per_layer_templates import (
     CONFIGURATION_TEMPLATE,

@@ -185,7 +185,9 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
     prefixes, heads = layer_prefixes(model), head_counts(config)
     blocks = _blocks(family.tp_plan or plan_inside_layers(config))
     heads_block = blocks.get(UnitKind.KV_GROUP)
-    attention_name = heads_block.module if heads_block else _attention_name(model.get_submodule(prefixes[0]), prefixes[0])
+    attention_name = (
+        heads_block.module if heads_block else _attention_name(model.get_submodule(prefixes[0]), prefixes[0])
+    )
     layers = {prefix: dict(model.get_submodule(prefix).named_modules()) for prefix in prefixes}
     attentions = {
         prefix: modules[attention_name]
@@ -248,6 +250,7 @@ def _experts_per_token(config: Any) -> int:
 def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder's layers: its only list of modules that is as long as the configuration says."""
     decoder = cast(Any, model).get_decoder()
+    decoder = decoder if decoder is not model else cast(Any, model).base_model  # Llama 4
     base = next(name for name, module in model.named_modules() if module is decoder)
     count = cast(Any, model).config.num_hidden_layers
     children = decoder.named_children()

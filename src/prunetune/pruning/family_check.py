@@ -32,10 +32,11 @@ from prunetune.pruning.whole_blocks import remove_layers
 from prunetune.utils.failures import first_line
 
 TOLERANCE = 1e-5  # largest difference of logits over their largest magnitude, float32
-INNER_KINDS = (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL, UnitKind.EXPERT, UnitKind.EXPERT_CHANNEL)
+PARTS_OF_BLOCKS = (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL, UnitKind.EXPERT, UnitKind.EXPERT_CHANNEL)
 # Names that linears of a block have in most classes of transformers, for blocks that the plan leaves out.
-PRODUCERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj") + (
-    "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "fc_in", "input_linear"
+PRODUCERS = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj",
+    "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "fc_in", "input_linear",
 )  # fmt: skip
 CONSUMERS = ("o_proj", "out_proj", "dense", "down_proj", "w2", "fc2", "fc_out", "output_linear")
 
@@ -65,7 +66,8 @@ def checked_family(config: Any) -> Family:
 
 def _refusal(config: Any, reason: str) -> UnknownArchitecture:
     return UnknownArchitecture(
-        f"architecture {config.model_type!r} is not known, and {reason}; docs/extend/family.md says what an entry takes"
+        f"architecture {config.model_type!r} has no entry in families.py, and {reason}; docs/extend/family.md says "
+        "what an entry takes"
     )
 
 
@@ -79,15 +81,15 @@ def _check(config: Any) -> Family:
         raise _refusal(config, f"a small one of its configuration does not run ({first_line(error)})") from error
     _candidates[config.model_type] = family
     try:
-        ruled_out = architecture_info(model).unprunable
         for name, kind in KIND_BY_NAME.items():
-            if kind not in ruled_out and (reason := _difference(config, (name,))):
+            known = architecture_info(model).unprunable
+            if kind not in known and (reason := _difference(config, (name,))):
                 family = replace(family, unprunable={**family.unprunable, kind: reason})
                 _candidates[config.model_type] = family
-        ruled_out = architecture_info(model).unprunable
-        held = [name for name, kind in KIND_BY_NAME.items() if kind not in ruled_out]
-        if not any(KIND_BY_NAME[name] in INNER_KINDS for name in held):
-            reasons = dict.fromkeys(ruled_out[kind] for kind in INNER_KINDS[:2])
+        unprunable = architecture_info(model).unprunable
+        held = [name for name, kind in KIND_BY_NAME.items() if kind not in unprunable]
+        if not any(KIND_BY_NAME[name] in PARTS_OF_BLOCKS for name in held):
+            reasons = dict.fromkeys(unprunable[kind] for kind in PARTS_OF_BLOCKS[:2])
             raise _refusal(config, f"nothing of it can be cut: {'; '.join(reasons)}")
         if reason := _difference(config, held):
             raise _refusal(config, reason)
@@ -98,11 +100,11 @@ def _check(config: Any) -> Family:
 
 def _difference(config: Any, units: Collection[str]) -> str:
     """Why these kinds of units cannot be cut in a model of this small configuration; "" where masked equals cut."""
+    from transformers import AutoModelForCausalLM
+
     try:
         model = tiny_model(config)
         sites = find_sites(model, units)
-        if not {KIND_BY_NAME[name] for name in units} <= {site.kind for site in sites}:
-            return "its layers have none"
         plan = half_plan(sites)
         with masked(model, plan, sites=sites):
             expected = small_logits(model)
@@ -112,26 +114,18 @@ def _difference(config: Any, units: Collection[str]) -> str:
         remove_layers(model, plan, sites)
         results.append(small_logits(model))
         if {site.kind for site in sites} == {UnitKind.LAYER}:
-            _raise_if_config_differs(model)
+            with torch.device("meta"):
+                rebuilt = AutoModelForCausalLM.from_config(model.config)
+            if dict(model.named_parameters()).keys() != dict(rebuilt.named_parameters()).keys():
+                return "its configuration ties layers to their index"
     except Exception as error:  # each class fails in its own way
-        return f"a cut model of its configuration does not run ({first_line(error)})"
+        return f"a small model of its configuration does not run after a cut ({first_line(error)})"
     scale = float(expected.abs().max())
     if not torch.isfinite(expected).all() or float((dense - expected).abs().max()) < 1e-4 * scale:
-        return "a mask makes no difference in a small model of its configuration"
+        return "masks make no difference in a small model of its configuration"
     if max(float((result - expected).abs().max()) for result in results) > TOLERANCE * scale:
-        return "a small model of its configuration computes something else after the cut than masked"
+        return "a small model of its configuration computes something else cut than masked"
     return ""
-
-
-def _raise_if_config_differs(model: Any) -> None:
-    """Removed layers have to be removed by the configuration, too: a model made from it has the same weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        rebuilt = AutoModelForCausalLM.from_config(model.config)
-    shapes = [{name: weight.shape for name, weight in each.named_parameters()} for each in (model, rebuilt)]
-    if shapes[0].keys() != shapes[1].keys():
-        raise UnknownArchitecture("its configuration ties layers to their index")
 
 
 def half_plan(sites: Collection[Site]) -> Plan:
@@ -153,36 +147,33 @@ def small_logits(model: Any) -> Tensor:
     """[2, 12, vocabulary] of a fixed text, without a cache."""
     tokens = torch.arange(24).view(2, 12) * 5 % 113 + 3
     with torch.no_grad():
-        return model(tokens.clamp(max=model.config.vocab_size - 1), use_cache=False).logits
+        logits: Tensor = model(tokens.clamp(max=model.config.vocab_size - 1), use_cache=False).logits
+    return logits
 
 
 def read_family(model: Any) -> Family:
     """What configuration, names and shapes of a small model say, which is not checked yet."""
     layers = [dict(model.get_submodule(prefix).named_modules()) for prefix in layer_prefixes(model)]
-    linears = {name for layer in layers for name, module in layer.items() if isinstance(module, nn.Linear)}
-    plan = {name: style for name, style in plan_inside_layers(model.config).items() if name in linears}
-    for is_head in (True, False):
-        stated = {name: style for name, style in plan.items() if is_of_heads(name) is is_head}
-        if any(style.startswith("rowwise") for style in stated.values()):
-            continue
-        plan = {name: style for name, style in plan.items() if name not in stated} | _named_block(linears, is_head)
-    mixture = _read_mixture(model, layers)
-    unprunable: dict[UnitKind, str] = {}
-    for kind in (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL):
-        if not any(style.startswith("rowwise") and is_of_heads(n) is (kind is UnitKind.KV_GROUP) for n, style in plan.items()):
-            unprunable[kind] = f"no linears that it names could be {'heads' if kind.is_head else 'channels'}"
-    widths = [
-        module.in_features
-        for layer in layers
-        for name, module in layer.items()
-        if plan.get(name, "").startswith("rowwise") and not is_of_heads(name)
-    ]
+    linears = {name: module for layer in layers for name, module in layer.items() if isinstance(module, nn.Linear)}
+    stated = {name: style for name, style in plan_inside_layers(model.config).items() if name in linears}
+    plan, unprunable, mlp_width = dict[str, str](), dict[UnitKind, str](), 0
+    for kind, units in ((UnitKind.KV_GROUP, "heads"), (UnitKind.MLP_CHANNEL, "channels")):
+        block = {name: style for name, style in stated.items() if is_of_heads(name) is kind.is_head}
+        if not any(style.startswith("rowwise") for style in block.values()):
+            block = _named_block(linears, kind.is_head)
+        consumers = [name for name, style in block.items() if style.startswith("rowwise")]
+        if not consumers:
+            unprunable[kind] = f"no linears of its layers are named as those of {units} are"
+        elif kind is UnitKind.MLP_CHANNEL:
+            mlp_width = linears[consumers[-1]].in_features
+        plan |= block
+    has_sinks = any(hasattr(layer.get("self_attn"), "sinks") for layer in layers)
     return Family(
         tp_plan=plan,
-        intermediate_size_key=_size_key(model.config, widths[0]) if widths else "",
+        intermediate_size_key=_width_option(model.config, mlp_width),
         unprunable=unprunable,
-        mixture=mixture,
-        attention_sinks="self_attn.sinks" if any(hasattr(l.get("self_attn"), "sinks") for l in layers) else "",
+        mixture=_read_mixture(model.config, layers),
+        attention_sinks="self_attn.sinks" if has_sinks else "",
     )
 
 
@@ -190,39 +181,40 @@ def _named_block(linears: Collection[str], is_head: bool) -> dict[str, str]:
     """The linears of the one block whose consumer and producers have customary names."""
     for consumer in sorted(linears, key=lambda name: ("self_attn" not in name, name)):
         start, leaf = consumer[: consumer.rfind(".") + 1], consumer.rpartition(".")[2]
-        producers = [start + name for name in PRODUCERS if start + name in linears and is_of_heads(start + name) is is_head]
+        names = [start + name for name in PRODUCERS if is_of_heads(start + name) is is_head]
+        producers = [name for name in names if name in linears]
         if leaf in CONSUMERS and is_of_heads(consumer) is is_head and producers and consumer.count(".") <= 1:
             return dict.fromkeys(producers, "colwise") | {consumer: "rowwise"}
     return {}
 
 
-def _size_key(config: Any, size: int) -> str:
-    """The configuration's option of this value for a width; "" where there is none."""
-    keys = [key for key, value in config.to_dict().items() if value == size and ("inter" in key or "ff" in key)]
-    return keys[0] if keys else ""
+def _width_option(config: Any, width: int) -> str:
+    """The configuration's option for channels that has this value; "" where there is none."""
+    keys = (key for key, value in config.to_dict().items() if value == width and ("inter" in key or "ff" in key))
+    return next(keys, "")
 
 
-def _read_mixture(model: Any, layers: Collection[dict[str, nn.Module]]) -> MixtureOfExperts | None:
+def _read_mixture(config: Any, layers: Collection[dict[str, nn.Module]]) -> MixtureOfExperts | None:
     """Fused experts with gate and up in one parameter, and the router beside them."""
-    for layer in layers:
-        for name, module in layer.items():
-            fused = dict(module.named_parameters(recurse=False))
-            if not {"gate_up_proj", "down_proj"} <= set(fused) or fused["down_proj"].dim() != 3:
-                continue
-            block, hidden = name.rpartition(".")[0], model.config.hidden_size
-            experts, transposed = len(fused["down_proj"]), fused["down_proj"].shape[2] == hidden
-            routers = [
-                other
-                for other, router in layer.items()
-                if other.rpartition(".")[0] == block
-                and other != name
-                and any(len(weight) == experts for weight in router.parameters(recurse=False))
-            ]
-            return MixtureOfExperts(
-                router=routers[0] if routers else f"{block}.gate",
-                intermediate_size_key=_size_key(model.config, fused["down_proj"].shape[1 if transposed else 2]),
-                transposed=transposed,
-                block=block,
-                experts=name,
-            )
+    modules = {name: module for layer in layers for name, module in layer.items()}
+    for name, module in modules.items():
+        fused = dict(module.named_parameters(recurse=False))
+        if not {"gate_up_proj", "down_proj"} <= set(fused) or fused["down_proj"].dim() != 3:
+            continue
+        experts, rows, columns = fused["down_proj"].shape
+        block, transposed = name.rpartition(".")[0], columns == config.hidden_size
+        routers = [
+            other
+            for other, router in modules.items()
+            if other.rpartition(".")[0] == block
+            and other != name
+            and any(len(weight) == experts for weight in router.parameters(recurse=False))
+        ]
+        return MixtureOfExperts(
+            router=routers[0] if routers else f"{block}.gate",
+            intermediate_size_key=_width_option(config, rows if transposed else columns),
+            transposed=transposed,
+            block=block,
+            experts=name,
+        )
     return None
