@@ -66,7 +66,7 @@ def test_linear_attention_of_a_hybrid_stays_whole() -> None:
 
 def test_channels_that_share_statistics_are_refused() -> None:
     """Gemma 3n's MLP keeps channels above a quantile of all of them, so that no channel leaves alone."""
-    with pytest.raises(UnknownArchitecture, match="'gemma3n_text' has no entry .* something else cut than masked"):
+    with pytest.raises(UnknownArchitecture, match=r"'gemma3n_text' has no entry .* something else cut than masked"):
         find_sites(small("gemma3n_text"))
 
 
@@ -93,6 +93,6 @@ def test_wrong_coupling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layout_that_cannot_hold_a_kind_is_refused_before_training() -> None:
     """The width of experts is that of shared experts too, which are not cut."""
     config = small("deepseek_v3").config
-    with pytest.raises(ConfigError, match="layout uniform cannot hold .* of 'deepseek_v3'.*use --layout per-layer"):
+    with pytest.raises(ConfigError, match=r"layout uniform cannot hold .* of 'deepseek_v3'.*use --layout per-layer"):
         check_layout(config, ("kv-groups", "expert-channels"), "uniform")
     check_layout(config, ("kv-groups",), "uniform")

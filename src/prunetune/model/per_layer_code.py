@@ -107,9 +107,9 @@ def layer_lines(sites: Sequence[Site], names: PerLayerNames, model: Any) -> list
     if len(layers_by_lines) == 1:
         return list(*layers_by_lines)
     lines = ["index = [*layers].index(layer)"]
-    for statements, layers in layers_by_lines.items():
-        if statements != ("pass",):
-            lines += [f"if index in {layers}:", *(f"    {statement}" for statement in statements)]
+    for own_lines, layers in layers_by_lines.items():
+        if own_lines != ("pass",):
+            lines += [f"if index in {layers}:", *(f"    {line}" for line in own_lines)]
     return lines
 
 

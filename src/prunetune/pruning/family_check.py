@@ -129,7 +129,7 @@ def _difference(config: Any, units: Collection[str]) -> str:
 
 
 def half_plan(sites: Collection[Site]) -> Plan:
-    """A plan that keeps half of all units, others in each layer, and every other block or layer, where floors let it."""
+    """A plan that keeps half of all units, others in each layer, and every other block or layer where it may."""
     kept: dict[str, tuple[int, ...]] = {}
     by_name, blocks = {site.name: site for site in sites}, 0
     for place, site in enumerate(sites):
