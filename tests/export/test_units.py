@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prunetune import Plan, cut, find_sites, masked
-from prunetune.errors import ModelError, PlanError
+from prunetune.errors import PlanError
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator
@@ -130,8 +130,7 @@ def test_uniform_layout_refuses_removed_blocks() -> None:
         uniform_plan(model, ("attention-blocks", "mlp-blocks"))
 
 
-def test_per_layer_layout_refuses_mlps_beside_mixtures(tmp_path: Path) -> None:
-    units = ("mlp-channels", "experts")
+def test_per_layer_layout_holds_mlps_beside_mixtures(tmp_path: Path) -> None:
+    units = ("kv-groups", "mlp-blocks", "experts")
     model = tiny("qwen3_moe", layers=4, mlp_only_layers=[1])
-    with pytest.raises(ModelError, match="layers of the same make"):
-        write(model, random_plan(model, units=units), "per-layer", tmp_path / "model", units)
+    check_reopened(model, random_plan(model, units=units), "per-layer", tmp_path / "model", units)

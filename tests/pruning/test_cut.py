@@ -187,11 +187,11 @@ def test_cut_refuses_a_plan_of_another_model_before_it_changes_anything() -> Non
 
 
 def test_find_sites_refuses_an_unknown_architecture_by_name() -> None:
-    from transformers import GPTJConfig, GPTJForCausalLM
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4, "vocab_size": 20}
-    model = GPTJForCausalLM(GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(UnknownArchitecture, match=r"'gptj' is not known; known are llama, mistral"):
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 20}
+    model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(UnknownArchitecture, match=r"'gpt_bigcode' has no entry in families\.py, and nothing of it"):
         find_sites(model)
 
 

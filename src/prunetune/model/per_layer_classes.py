@@ -16,7 +16,7 @@ from typing import Any
 from prunetune.errors import ModelError
 from prunetune.model.per_layer_code import generate_code
 from prunetune.model.per_layer_templates import CONFIGURATION_TEMPLATE
-from prunetune.pruning.families import FAMILIES, MODEL_TYPE_PREFIX
+from prunetune.pruning.families import MODEL_TYPE_PREFIX
 from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,13 @@ def register_folder(folder: Path) -> None:
     Other folders, and families that this version does not know, are left alone: code in them needs
     `trust_remote_code`. A module that this version would write otherwise is named in the log.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
     try:
         values = parse_json((folder / "config.json").read_bytes())
         family = values["model_type"].removeprefix(MODEL_TYPE_PREFIX)
-        is_per_layer = family != values["model_type"] and family in FAMILIES and family in CONFIG_MAPPING
+        is_per_layer = family != values["model_type"] and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        is_per_layer = is_per_layer and family in MODEL_MAPPING_NAMES
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # loading says what is wrong with the file
     if is_per_layer:

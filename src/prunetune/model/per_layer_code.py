@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from prunetune.errors import ModelError
 from prunetune.model.config_checks import auto_class
 from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
 from prunetune.model.per_layer_templates import (
@@ -97,20 +96,20 @@ def _resized_kinds(layers: Iterable[Mapping[str, Any]], model: Any) -> set[UnitK
 
 
 def layer_lines(sites: Sequence[Site], names: PerLayerNames, model: Any) -> list[str]:
-    """The statements of the generated `resize` for one layer.
-
-    Raises `ModelError` if layers differ in their kinds of sites, as MLPs and mixtures do.
-    """
-    kinds_by_layer: dict[int, set[str]] = {}
-    for site in sites:
-        kinds_by_layer.setdefault(site.layer, set()).add(site.kind)
-    layers = len(kinds_by_layer)
-    if len(set(map(frozenset, kinds_by_layer.values()))) > 1 or model.config.num_hidden_layers > layers:
-        raise ModelError("layout per-layer needs layers of the same make, and this model has both MLPs and mixtures")
-    first = sites[0].layer
-    path = f"{names.base_attribute}.{names.layers_path}.{first}"
-    own_sites = [site for site in sites if site.layer == first]
-    return _LayerStatements(own_sites, width_option_names(model.config), path, model).statements()
+    """The statements of the generated `resize` for one layer; where layers are of several makes, by their index."""
+    layers_by_lines: dict[tuple[str, ...], list[int]] = {}
+    for layer in range(len(architecture_info(model).layer_prefixes)):
+        own_sites = [site for site in sites if site.layer == layer]
+        path = f"{names.base_attribute}.{names.layers_path}.{layer}"
+        statements = _LayerStatements(own_sites, width_option_names(model.config), path, model).statements()
+        layers_by_lines.setdefault(tuple(statements), []).append(layer)
+    if len(layers_by_lines) == 1:
+        return list(*layers_by_lines)
+    lines = ["index = [*layers].index(layer)"]
+    for own_lines, layers in layers_by_lines.items():
+        if own_lines != ("pass",):
+            lines += [f"if index in {layers}:", *(f"    {line}" for line in own_lines)]
+    return lines
 
 
 @dataclass(frozen=True)

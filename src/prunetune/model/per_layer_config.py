@@ -37,9 +37,18 @@ def dense_config(values: Mapping[str, Any], folder: object) -> Any:
     family = str(values["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
     if family not in CONFIG_MAPPING:
         raise ModelError(f"{folder}: {family} is no architecture of transformers; name a model of one that is")
-    stock_values = {key: value for key, value in values.items() if key not in NON_STOCK_KEYS}
+    stock_values = {key: _with_floats(value) for key, value in values.items() if key not in NON_STOCK_KEYS}
     with reading_model_files(f"{folder}/config.json does not fit {family}", "write the model again"):
         return CONFIG_MAPPING[family].from_dict(stock_values | {"model_type": family})
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of config.json with infinite numbers as such, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, dict):
+        return float(value["__float__"]) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
+    return value
 
 
 @dataclass(frozen=True)

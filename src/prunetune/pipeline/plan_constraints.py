@@ -14,6 +14,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.cost.budget_limits import TIMED_BUDGETS, make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
 from prunetune.errors import ConfigError
+from prunetune.export.layout_check import check_layout
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.model.config_checks import is_multimodal
 from prunetune.pipeline.budget_preview import budget_usage_lines
@@ -65,6 +66,8 @@ def _raise_if_not_representable(
         raise ConfigError(
             f"layout per-layer is not written inside a multimodal model ({model_config.model_type}): set layout uniform"
         )
+    layout = effective_layout(config.layout, sites)
+    check_layout(model_config.get_text_config(), config.budget.units, layout)
     if config.layout == "uniform":
         if model_config.model_type.startswith(MODEL_TYPE_PREFIX):
             raise ConfigError("layout uniform needs equal layers, and this model's differ: set layout per-layer")

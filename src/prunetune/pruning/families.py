@@ -60,10 +60,12 @@ HEAD_DIM_DERIVED = "its head dimension is the hidden size divided by the heads, 
 NO_HEADS = {UnitKind.KV_GROUP: HEAD_DIM_DERIVED}
 IN_EXPERTS = "its channels are in experts: see experts and expert-channels"
 WIDE_NORM = "its norms of queries or keys hold more than one head's weights"
+OWN_SIZES = "its layers have heads of different sizes"
 ADDS_RESIDUAL = "its attention adds the residual itself, so that its output is more than its own"
 POST_NORM = "it normalises after the residual, so that an empty layer would change what passes"
 SCALED_BY_DEPTH = "scale_attn_by_inverse_layer_idx ties a layer's weights to its place in the stack"
 ONE_QUERY_HEAD = "every KV group has one query head"
+NO_ATTENTION = " without attention"  # ends the type of a hybrid's layer of another make
 NO_EXPERTS = "it is no mixture of experts"
 ATTENTION_PLAN = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
 
@@ -140,20 +142,27 @@ class HeadCounts:
 def head_counts(config: Any, layer: int = 0) -> HeadCounts:
     """Read a layer's configuration, with the defaults of `transformers` where it says nothing.
 
-    Only of a model with `per_layer_config` do layers differ, and may lack attention.
+    Only of a model with `per_layer_config` do layers differ, and may lack attention. Raises `UnknownArchitecture` for a
+    model without attention.
     """
-    config = config.get_text_config().per_layer_config[layer]
-    queries = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or queries
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    if "attention" in getattr(config, "skip", ()):
+    config = config.get_text_config()
+    values = config.per_layer_config[layer]
+    queries = getattr(values, "num_attention_heads", None)
+    if not queries:
+        raise UnknownArchitecture(f"{config.model_type!r} has no attention heads")
+    groups = getattr(values, "num_key_value_heads", None) or queries
+    head_dim = getattr(values, "head_dim", None) or config.hidden_size // queries
+    if "attention" in getattr(values, "skip", ()):
         queries = groups = 0
     return HeadCounts(queries, groups, head_dim)
 
 
 def num_experts_key(config: Any) -> str:
     """The configuration's own name for the number of experts."""
-    return str(config.get_text_config().attribute_map.get("num_experts", "num_experts"))
+    config = config.get_text_config()
+    mapped = config.attribute_map.get("num_experts", "num_experts")
+    names = (mapped, "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return str(next((name for name in names if hasattr(config, name)), mapped))
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ class ArchitectureInfo:
     layer_prefixes: tuple[str, ...]  # "model.layers.0", ...
     layer_types: tuple[str, ...]  # of attention, by layer: "full_attention", "sliding_attention"
     layer_heads: tuple[HeadCounts, ...]  # by layer
-    attention_name: str  # the attention module inside a layer
+    attention_name: str  # the attention module inside a layer; hybrids have layers without it
     blocks: Mapping[UnitKind, BlockLinears]  # linears by the kind of unit they can be pruned by: KV groups, channels
     mlp: BlockLinears | None  # linears of a plain MLP, also of one between mixtures, which can only be removed whole
     unprunable: Mapping[UnitKind, str]  # kinds that cannot be pruned, with the reason
@@ -172,30 +181,40 @@ class ArchitectureInfo:
 
 
 def get_family(config: Any) -> Family:
-    """The entry in `FAMILIES`, of a multimodal model its text model's; raises `UnknownArchitecture` without one."""
-    model_type = config.get_text_config().model_type.removeprefix(MODEL_TYPE_PREFIX)
-    family = FAMILIES.get(model_type) or INSIDE_WRAPPERS.get(model_type)
-    if family is None:
-        raise UnknownArchitecture(
-            f"architecture {model_type!r} is not known; known are {', '.join(FAMILIES)}; "
-            "docs/extend/family.md says what a new one takes"
-        )
-    return family
+    """The entry in `FAMILIES` (of a multimodal model its text model's), else what a small model shows: `family_check`.
+
+    Raises `UnknownArchitecture` where that has nothing that can be cut.
+    """
+    config = config.get_text_config()
+    model_type = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if family := FAMILIES.get(model_type) or INSIDE_WRAPPERS.get(model_type):
+        return family
+    from prunetune.pruning.family_check import checked_family  # which finds sites, and so imports this module
+
+    return checked_family(config)
 
 
 def architecture_info(model: nn.Module) -> ArchitectureInfo:
     """Read a causal language model of `transformers`; raises `UnknownArchitecture` rather than guess."""
     config = cast(Any, model).config.get_text_config()
     family = get_family(config)
-    layer_prefixes = _layer_prefixes(model)
-    layer_heads = tuple(head_counts(config, layer) for layer in range(len(layer_prefixes)))
+    prefixes = layer_prefixes(model)
+    layer_heads = tuple(head_counts(config, layer) for layer in range(len(prefixes)))
     heads = max(layer_heads, key=lambda heads: heads.queries_per_kv_head)
-    attention_name = _attention_name(model.get_submodule(layer_prefixes[0]), layer_prefixes[0])
-    blocks = _blocks(family.tp_plan or _plan_inside_layers(config.base_model_tp_plan or {}))
+    blocks = _blocks(family.tp_plan or plan_inside_layers(config))
+    heads_block = blocks.get(UnitKind.KV_GROUP)
+    attention_name = (
+        heads_block.module if heads_block else _attention_name(model.get_submodule(prefixes[0]), prefixes[0])
+    )
+    layers = {prefix: dict(model.get_submodule(prefix).named_modules()) for prefix in prefixes}
+    attentions = {
+        prefix: modules[attention_name]
+        for prefix, modules in layers.items()
+        if attention_name in modules and (heads_block is None or heads_block.consumer in modules)
+    }
 
     unprunable = _unprunable_by_config(config, family, heads) | dict(family.unprunable)
-    attention = model.get_submodule(f"{layer_prefixes[0]}.{attention_name}")
-    if UnitKind.KV_GROUP in blocks and _has_wide_norm(attention, heads.head_dim):
+    if UnitKind.KV_GROUP in blocks and any(_has_wide_norm(module, heads.head_dim) for module in attentions.values()):
         unprunable[UnitKind.KV_GROUP] = WIDE_NORM
     if UnitKind.KV_GROUP in unprunable:
         unprunable[UnitKind.QUERY_HEAD] = unprunable[UnitKind.KV_GROUP]
@@ -206,16 +225,20 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
             f"{config.model_type!r} names no {' and no '.join(sorted(missing))} block of producers and a consumer "
             "in its tensor-parallel plan; docs/extend/family.md says how to give one"
         )
+    stated_types = getattr(config, "layer_types", None) or ("full_attention",) * len(prefixes)
     return ArchitectureInfo(
-        layer_prefixes=layer_prefixes,
-        layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(layer_prefixes)),
+        layer_prefixes=prefixes,
+        layer_types=tuple(
+            kind if prefix in attentions else f"{kind}{NO_ATTENTION}"
+            for prefix, kind in zip(prefixes, stated_types, strict=True)
+        ),
         layer_heads=layer_heads,
         attention_name=attention_name,
         blocks={kind: block for kind, block in blocks.items() if kind not in unprunable},
         mlp=blocks.get(UnitKind.MLP_CHANNEL),
         unprunable=unprunable,
         family=family,
-        experts_per_token=config.num_experts_per_tok if family.mixture else 0,
+        experts_per_token=_experts_per_token(config) if family.mixture else 0,
     )
 
 
@@ -228,6 +251,8 @@ def _unprunable_by_config(config: Any, family: Family, heads: HeadCounts) -> dic
         reasons[UnitKind.MLP_CHANNEL] = IN_EXPERTS
     if heads.queries_per_kv_head < 2:
         reasons[UnitKind.QUERY_HEAD] = ONE_QUERY_HEAD
+    if config.is_heterogeneous:  # Gemma 4
+        reasons[UnitKind.KV_GROUP] = OWN_SIZES
     if not getattr(config, "do_layer_norm_before", True):
         reasons[UnitKind.LAYER] = POST_NORM
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -235,13 +260,20 @@ def _unprunable_by_config(config: Any, family: Family, heads: HeadCounts) -> dic
     return reasons
 
 
-def _layer_prefixes(model: nn.Module) -> tuple[str, ...]:
+def _experts_per_token(config: Any) -> int:
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+    return int(next(getattr(config, name) for name in names if getattr(config, name, None)))
+
+
+def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder's layers: its only list of modules that is as long as the configuration says."""
     decoder = cast(Any, model).get_decoder()
+    decoder = decoder if decoder is not model else cast(Any, model).base_model  # Llama 4
     base = next(name for name, module in model.named_modules() if module is decoder)
     count = cast(Any, model).config.get_text_config().num_hidden_layers
     children = decoder.named_children()
     lists = [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) == count]
+    lists = [name for name in lists if name == "layers"] or lists
     if len(lists) != 1:
         raise UnknownArchitecture(f"{base} has {len(lists)} lists of {count} layers, and one is needed")
     return tuple(f"{base}.{lists[0]}.{index}" for index in range(count))
@@ -255,15 +287,30 @@ def _attention_name(layer: nn.Module, prefix: str) -> str:
 
 
 def _has_wide_norm(attention: nn.Module, head_dim: int) -> bool:
-    """Whether a child that is no linear has weights for more than one head: OLMo 2, Cohere with use_qk_norm."""
-    norms = (child for child in attention.children() if not isinstance(unwrap_adapter(child), nn.Linear))
-    return any(weight.numel() > head_dim for norm in norms for weight in norm.parameters())
+    """Whether a norm of queries or keys has weights for more than one head: OLMo 2, Cohere with use_qk_norm.
+
+    Norms of latent attention ("q_a_layernorm") are of what all heads read.
+    """
+    norms = (
+        child
+        for name, child in attention.named_children()
+        if not isinstance(unwrap_adapter(child), nn.Linear) and "_a_" not in name
+    )
+    weights = (weight for norm in norms for weight in norm.parameters(recurse=False))
+    return any(weight.numel() > head_dim for weight in weights if weight.dim() == 1)
 
 
-def _plan_inside_layers(tp_plan: Mapping[str, str]) -> dict[str, str]:
-    """The plan's entries about linears of a block, by their names inside a layer; deeper names are experts'."""
+def plan_inside_layers(config: Any) -> dict[str, str]:
+    """The configuration's plan for linears of a block, by their names inside a layer; deeper names are experts'."""
+    tp_plan: Mapping[str, str] = config.base_model_tp_plan or {}
     names = {pattern.partition(".*.")[2]: style for pattern, style in tp_plan.items() if pattern.startswith("layers.")}
     return {name: style for name, style in names.items() if name.count(".") == 1}
+
+
+def is_of_heads(name: str) -> bool:
+    """Whether a linear of this name inside a layer holds heads, and not channels."""
+    module, _, leaf = name.rpartition(".")
+    return "attn" in module or "attention" in module or leaf in ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _blocks(tp_plan: Mapping[str, str]) -> dict[UnitKind, BlockLinears]:
@@ -271,9 +318,14 @@ def _blocks(tp_plan: Mapping[str, str]) -> dict[UnitKind, BlockLinears]:
     producers: dict[UnitKind, list[str]] = {}
     consumers: dict[UnitKind, str] = {}
     for name, style in tp_plan.items():
-        kind = UnitKind.KV_GROUP if "attn" in name or "attention" in name else UnitKind.MLP_CHANNEL
+        kind = UnitKind.KV_GROUP if is_of_heads(name) else UnitKind.MLP_CHANNEL
         if style.startswith("colwise"):
             producers.setdefault(kind, []).append(name)
         elif style.startswith("rowwise"):
             consumers[kind] = name
-    return {kind: BlockLinears(tuple(names), consumers[kind]) for kind, names in producers.items() if kind in consumers}
+    blocks = {}
+    for kind, consumer in consumers.items():
+        module = consumer.rpartition(".")[0]
+        if names := tuple(name for name in producers.get(kind, ()) if name.rpartition(".")[0] == module):
+            blocks[kind] = BlockLinears(names, consumer)
+    return blocks

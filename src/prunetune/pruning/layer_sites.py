@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prunetune.errors import UnknownArchitecture
-from prunetune.pruning.families import ArchitectureInfo, BlockLinears, MixtureOfExperts
+from prunetune.pruning.families import NO_ATTENTION, ArchitectureInfo, BlockLinears, MixtureOfExperts
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.units import LinearSlice, ParamSlice, Site, SiteWeights, UnitKind
 
@@ -101,12 +101,19 @@ class LayerSites:
             **options,
         )  # fmt: skip
 
+    def _present(self, block: BlockLinears | None) -> BlockLinears | None:
+        """The block with those of its producers that this layer has; None where the layer lacks it."""
+        modules = dict(self.model.get_submodule(self.prefix).named_modules())
+        if block is None or block.consumer not in modules:
+            return None
+        return replace(block, producers=tuple(name for name in block.producers if name in modules))
+
     def _attention_sites(self, parent: str) -> list[Site]:
         attention, kind = self.architecture.attention_name, UnitKind.ATTENTION_BLOCK
-        if self._is_removed(attention):
+        if self._is_removed(attention) or self.architecture.layer_types[self.layer].endswith(NO_ATTENTION):
             return []
         name = self._block_name(attention, kind) if kind in self.kinds else ""
-        block = self.architecture.blocks.get(UnitKind.KV_GROUP)
+        block = self._present(self.architecture.blocks.get(UnitKind.KV_GROUP))
         children = self._head_sites(block, name or parent) if block and any(k.is_head for k in self.kinds) else []
         if not name:
             return children
@@ -117,7 +124,8 @@ class LayerSites:
         """KV groups, query heads, or query heads inside KV groups."""
         heads, consumer = self.architecture.layer_heads[self.layer], f"{self.prefix}.{block.consumer}"
         output = get_base_linear(self.model, consumer)
-        if heads.query_heads % heads.kv_heads or axis_size(output, COLUMNS) != heads.query_heads * heads.head_dim:
+        value_dim, rest = divmod(axis_size(output, COLUMNS), heads.query_heads)
+        if heads.query_heads % heads.kv_heads or rest or (value_dim != heads.head_dim and not self._is_latent(block)):
             raise UnknownArchitecture(
                 f"{self.prefix}: {heads.query_heads} query heads of {heads.head_dim} do not divide over "
                 f"{heads.kv_heads} key-value heads, or are not the {axis_size(output, COLUMNS)} columns of "
@@ -134,7 +142,7 @@ class LayerSites:
             ratio = heads.queries_per_kv_head
             weights = SiteWeights(
                 producers=group_rows,
-                consumer=LinearSlice(consumer, (ratio * heads.head_dim,)),
+                consumer=LinearSlice(consumer, (ratio * value_dim,)),
                 consumer_is_childs=has_queries,
                 params=(ParamSlice(sinks, 0, (ratio,)),) if has_sinks and not has_queries else (),
             )
@@ -143,13 +151,18 @@ class LayerSites:
         if has_queries:
             weights = SiteWeights(
                 producers=query_rows,
-                consumer=LinearSlice(consumer, (heads.head_dim,)),
+                consumer=LinearSlice(consumer, (value_dim,)),
                 params=(ParamSlice(sinks, 0),) if has_sinks else (),
             )
             parent, name = name if has_groups else parent, f"{name}:{UnitKind.QUERY_HEAD}"
             options = {"parent_groups": heads.kv_heads}
             sites.append(self._site(name, UnitKind.QUERY_HEAD, heads.query_heads, weights, parent, **options))
         return _with_child_params(sites)
+
+    @staticmethod
+    def _is_latent(block: BlockLinears) -> bool:
+        """Whether keys and values come from a latent vector (MLA), so that heads have sizes of their own."""
+        return any(name.endswith("kv_b_proj") for name in block.producers)
 
     def _head_rows(
         self, block: BlockLinears, *, split_queries: bool
@@ -162,15 +175,16 @@ class LayerSites:
         for name in block.producers:
             module = f"{self.prefix}.{name}"
             rows = axis_size(get_base_linear(self.model, module), ROWS)
-            fused = rows == heads.kv_heads * (group_queries + 2 * dim)  # query, key, value in this order: Phi-3
+            # Query, key, value in this order: Phi-3.
+            fused = len(block.producers) == 1 and rows == heads.kv_heads * (group_queries + 2 * dim)
             if not split_queries:
                 part_sizes = (group_queries, dim, dim) if fused else (rows // heads.kv_heads,)
                 group_rows.append(LinearSlice(module, part_sizes))
             elif fused:
                 query_rows.append(LinearSlice(module, (dim,), 0, rows))
                 group_rows.append(LinearSlice(module, (dim, dim), heads.kv_heads * group_queries, rows))
-            elif rows == heads.kv_heads * group_queries:
-                query_rows.append(LinearSlice(module, (dim,)))
+            elif rows % (heads.kv_heads * group_queries) == 0:  # twice as many with a gate beside each query: Qwen 3.5
+                query_rows.append(LinearSlice(module, (rows // heads.query_heads,)))
             else:
                 group_rows.append(LinearSlice(module, (rows // heads.kv_heads,)))
         return tuple(group_rows), tuple(query_rows)
@@ -183,13 +197,15 @@ class LayerSites:
 
     def _plain_mlp_linears(self) -> tuple[str, ...]:
         """The linears of a plain MLP; none where the layer has experts, which are removed as one module."""
-        block = self.architecture.mlp
+        block = self._present(self.architecture.mlp)
         if block is None or self._mixture():
             return ()
         return tuple(f"{self.prefix}.{name}" for name in (*block.producers, block.consumer))
 
     def _mlp_sites(self, parent: str) -> list[Site]:
-        mixture, block, kind = self._mixture(), self.architecture.mlp, UnitKind.MLP_BLOCK
+        mixture, block, kind = self._mixture(), self._present(self.architecture.mlp), UnitKind.MLP_BLOCK
+        if not mixture and not block:
+            return []
         module = mixture.block if mixture else block.module if block else ""
         experts = self.architecture.family.mixture
         if (experts and self._is_removed(experts.block)) or (block and self._is_removed(block.consumer)):

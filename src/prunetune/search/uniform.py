@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -31,16 +32,20 @@ class UniformPlanner:
         # Protected layers are kept, but may be as narrow as all others.
         self.width_constraints = replace(constraints, protected=frozenset())
         self.layer_sites = {site.layer: site for site in nested_sites.sites if site.kind is UnitKind.LAYER}
-        first = nested_sites.sites[0].layer
-        self.first_layer = NestedSites([site for site in nested_sites.sites if site.layer == first])
-        self.sites_by_kind = {site.kind: site for site in self.first_layer.sites}
+        self.sites_by_kind = {site.kind: site for site in reversed(nested_sites.sites)}  # the first of each
+        by_layer: dict[int, list[Site]] = {}
+        for site in nested_sites.sites:
+            by_layer.setdefault(site.layer, []).append(site)
+        makes = {tuple(site.kind for site in own): own for own in by_layer.values()}  # a hybrid's layers are of several
+        numbers = Counter(tuple(site.kind for site in own) for own in by_layer.values())
+        self.layers_by_make = [(NestedSites(own), numbers[kinds]) for kinds, own in makes.items()]
         self.score_sums: dict[tuple[str, int, int], float] = {}  # by site, width, width of its parent
         self.lowest_score = min([0.0, *(float(own.min()) for own in nested_sites.ranked_scores.values())])
         block_kinds = (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK)
         if blocks := [kind.recipe_name for kind in block_kinds if kind in self.sites_by_kind]:
             raise PlanError(f"layout uniform cannot express layers without {' or '.join(blocks)}: use layout per-layer")
         sizes = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in nested_sites.sites}
-        if len(sizes) > len({site.kind for site in nested_sites.sites}):
+        if len(sizes) > len(self.sites_by_kind) or (self.layer_sites and len(makes) > 1):
             raise PlanError("layout uniform needs equal layers, and this model's differ: use layout per-layer")
 
     # -- legal shapes ----------------------------------------------------------------------------------------------
@@ -117,8 +122,11 @@ class UniformPlanner:
 
     def total_params(self, shape: Shape) -> int:
         """Prunable parameters of a model of this shape."""
-        widths = {site.name: 1 if kind is UnitKind.LAYER else shape[kind] for kind, site in self.sites_by_kind.items()}
-        return shape[UnitKind.LAYER] * self.first_layer.total_params(widths)
+        total = 0
+        for layer, number in self.layers_by_make:
+            widths = {site.name: 1 if site.kind is UnitKind.LAYER else shape[site.kind] for site in layer.sites}
+            total += (shape[UnitKind.LAYER] if self.layer_sites else number) * layer.total_params(widths)
+        return total
 
     def weighted_score(self, shape: Shape) -> float:
         """The sum over all kept units of score times parameters: a larger shape never has less, to the bit.
