@@ -47,7 +47,7 @@ def check_layout(config: Any, units: Collection[str], layout: str) -> None:
         with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
             folder = Path(scratch) / "model"
             write_checkpoint(model, no_tokenizer, plan, sites, folder, layout=layout, card="")
-            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False).eval()
         difference = float((small_logits(opened) - expected).abs().max() / expected.abs().max())
     except PrunetuneError:
         raise

@@ -115,7 +115,7 @@ def _difference(config: Any, units: Collection[str]) -> str:
         results.append(small_logits(model))
         if {site.kind for site in sites} == {UnitKind.LAYER}:
             with torch.device("meta"):
-                rebuilt = AutoModelForCausalLM.from_config(model.config)
+                rebuilt = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
             if dict(model.named_parameters()).keys() != dict(rebuilt.named_parameters()).keys():
                 return "its configuration ties layers to their index"
     except Exception as error:  # each class fails in its own way

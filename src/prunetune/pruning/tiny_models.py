@@ -95,7 +95,9 @@ def tiny_config(config: Any) -> Any:
         small |= {key: count for key, count in counts.items() if values.get(key)}
     tiny = type(config).from_dict(small)
     with torch.device("meta"):
-        params = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(tiny).parameters())
+        params = sum(
+            weight.numel() for weight in AutoModelForCausalLM.from_config(tiny, trust_remote_code=False).parameters()
+        )
     if params > MOST_PARAMS:
         raise UnknownArchitecture(f"a small {config.model_type!r} still has {params:,} parameters")
     return tiny
@@ -109,7 +111,11 @@ def tiny_model(config: Any) -> Any:
     # The CPU also where transformers is building another model on the meta device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            .eval()
+            .requires_grad_(False)
+        )
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.normal_(std=0.5)
