@@ -113,7 +113,7 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> Non
     (folder / "model.safetensors").unlink()
     torch.save({"weight": torch.zeros(2)}, folder / "pytorch_model.bin")
     for opens in (load_meta_model, lambda name: load_model_and_tokenizer(name, **ON_CPU)):
-        with pytest.raises(ModelError, match=r"are pickles \(pytorch_model\.bin\), .*\.save_pretrained\(FOLDER\)$"):
+        with pytest.raises(ModelError, match=r"are pickles \(pytorch_model\.bin\), .* by save_pretrained\(FOLDER\)$"):
             opens(str(folder))
 
 
@@ -265,7 +265,7 @@ def test_other_kinds_of_models_are_refused_with_what_they_are(tmp_path: Path) ->
     for model_type, values, message in (
         ("t5", small, "'t5' has an encoder"),
         ("vit", VISION, "'vit' is no causal language model"),
-        ("aya_vision", {"text_config": {"model_type": "jamba"}}, "multimodal model, .* which cannot be pruned either"),
+        ("aya_vision", {"text_config": {"model_type": "mamba"}}, "multimodal model, .* which cannot be pruned either"),
     ):
         CONFIG_MAPPING[model_type](**values).save_pretrained(tmp_path / model_type)
         with pytest.raises(ModelError, match=message):
@@ -340,18 +340,6 @@ def test_layers_that_the_configuration_does_not_have_are_refused(tmp_path: Path)
     layers = values["num_hidden_layers"] - 1
     file.write_text(json.dumps(values | {"num_hidden_layers": layers}))
     with pytest.raises(ModelError, match=rf"hold model\.layers\.{layers}\..*, config\.json {layers} layers; correct"):
-        load_meta_model(str(tmp_path / "model"))
-
-
-def test_weights_that_old_files_lack_are_told_before_they_are_read(tmp_path: Path) -> None:
-    file = model_folder(tmp_path / "model") / "model.safetensors"
-    tensors = load_file(file)
-    file.unlink()
-    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
-    load_meta_model(str(tmp_path / "model"))
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
         load_meta_model(str(tmp_path / "model"))
 
 

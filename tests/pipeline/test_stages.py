@@ -23,13 +23,12 @@ from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
-from prunetune.pipeline import stages
+from prunetune.pipeline import prepare, stages
 from prunetune.pipeline.run import run
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
 from prunetune.runs.folder import RunFolder, run_lock
-from prunetune.train import teacher
 from prunetune.train.loop import tune_and_prune
 from support.data import subwords, write_lines
 from support.evaluation import characters, speaker
@@ -500,7 +499,7 @@ def test_large_model_gets_base_teacher_and_adapters(
 ) -> None:
     explicit = {"distill": {"teacher": "base", "share": 0.5}, "train": {"weights": "adapters"}}
     expected = run(config_of(workspace, tmp_path / "told", **explicit))
-    monkeypatch.setattr(teacher, "LARGE_MODEL_PARAMS", 1)
+    monkeypatch.setattr(prepare, "LARGE_MODEL_PARAMS", 1)
     decided = run(config_of(workspace, tmp_path / "large", distill={"teacher": "auto"}))
     assert results(decided) == results(expected)
 

@@ -252,8 +252,8 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
             stored_dtypes |= dict(_stored_dtypes(file))
     if not stored_dtypes and (pickles := sorted(Path(resolve_model_path(name)).glob("*.bin"))):
         raise ModelError(
-            f"model {name}: its weights are pickles ({pickles[0].name}), and only .safetensors are read: convert them "
-            f"where you trust them: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)"
+            f"model {name}: its weights are pickles ({pickles[0].name}), and only .safetensors are read: open "
+            "them with transformers where you trust them, and write them anew by save_pretrained(FOLDER)"
         )
     with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
         if not stored_dtypes:

@@ -14,7 +14,6 @@ from typing import Any, cast
 from torch import nn
 
 from prunetune.errors import UnknownArchitecture
-from prunetune.pruning.linears import unwrap_adapter
 from prunetune.pruning.units import UnitKind
 
 
@@ -162,7 +161,7 @@ def num_experts_key(config: Any) -> str:
     config = config.get_text_config()
     mapped = config.attribute_map.get("num_experts", "num_experts")
     names = (mapped, "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return str(next((name for name in names if hasattr(config, name)), mapped))
+    return str(next((name for name in names if hasattr(config.per_layer_config[0], name)), mapped))
 
 
 @dataclass(frozen=True)
@@ -214,6 +213,8 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
     }
 
     unprunable = _unprunable_by_config(config, family, heads) | dict(family.unprunable)
+    if len({heads.head_dim for heads in layer_heads if heads.query_heads}) > 1:  # Gemma 4
+        unprunable[UnitKind.KV_GROUP] = OWN_SIZES
     if UnitKind.KV_GROUP in blocks and any(_has_wide_norm(module, heads.head_dim) for module in attentions.values()):
         unprunable[UnitKind.KV_GROUP] = WIDE_NORM
     if UnitKind.KV_GROUP in unprunable:
@@ -251,8 +252,6 @@ def _unprunable_by_config(config: Any, family: Family, heads: HeadCounts) -> dic
         reasons[UnitKind.MLP_CHANNEL] = IN_EXPERTS
     if heads.queries_per_kv_head < 2:
         reasons[UnitKind.QUERY_HEAD] = ONE_QUERY_HEAD
-    if config.is_heterogeneous:  # Gemma 4
-        reasons[UnitKind.KV_GROUP] = OWN_SIZES
     if not getattr(config, "do_layer_norm_before", True):
         reasons[UnitKind.LAYER] = POST_NORM
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -294,10 +293,9 @@ def _has_wide_norm(attention: nn.Module, head_dim: int) -> bool:
     norms = (
         child
         for name, child in attention.named_children()
-        if not isinstance(unwrap_adapter(child), nn.Linear) and "_a_" not in name
+        if "norm" in type(child).__name__.lower() and "_a_" not in name
     )
-    weights = (weight for norm in norms for weight in norm.parameters(recurse=False))
-    return any(weight.numel() > head_dim for weight in weights if weight.dim() == 1)
+    return any(weight.numel() > head_dim for norm in norms for weight in norm.parameters(recurse=False))
 
 
 def plan_inside_layers(config: Any) -> dict[str, str]:

@@ -245,13 +245,13 @@ def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:
 
 
 def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}\n')
+    (tmp_path / "binary.jsonl").write_bytes(b'{"prompt": "caf\xff", "completion": "a"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     write_lines(tmp_path / "hollow.jsonl", {"prompt": "p", "completion": " "})
     bad: dict[str, Any] = {
         "unknown": {"data": "open.jsonl", "scorer": "rogue"},
         "missing": {"data": "nowhere.jsonl", "scorer": "rouge"},
-        "latin": {"data": "latin.jsonl", "scorer": "rouge"},
+        "binary": {"data": "binary.jsonl", "scorer": "rouge"},
         "empty": {"data": "empty.jsonl", "scorer": "rouge"},
         "hollow": {"data": "hollow.jsonl", "scorer": "rouge"},
         "code": {"data": "open.jsonl", "scorer": {"python": {"function": "os:system"}}},
@@ -263,7 +263,7 @@ def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
     assert [name for name, error in errors.items() if not error] == list(ALL)
     assert "did you mean rouge" in errors["unknown"]
     assert "no such file" in errors["missing"]
-    assert "latin.jsonl:1: not UTF-8" in errors["latin"]
+    assert "binary.jsonl:1: not UTF-8" in errors["binary"]
     assert "needs at least one row" in errors["empty"]
     assert "hollow.jsonl:1: completion is empty" in errors["hollow"]
     assert "allow it with --allow-code" in errors["code"]
