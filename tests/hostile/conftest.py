@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from prunetune.model import gguf_import
 from support.data import subwords
 from support.export import run_folder
 from support.hostile import Place
@@ -41,7 +40,7 @@ def place(tmp_path: Path, templates: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=index))
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "place").mkdir()
     monkeypatch.chdir(tmp_path / "place")
