@@ -31,14 +31,10 @@ def measure_speed(model: Any, *, prompt: int = 256, batch: int = 2, new_tokens: 
     The prompt is shorter if the model's context is.
     """
     device = next(model.parameters()).device
-    prompt = max(
-        1,
-        min(
-            prompt, getattr(model.config.get_text_config(), "max_position_embeddings", prompt + new_tokens) - new_tokens
-        ),
-    )
+    config = model.config.get_text_config()
+    prompt = max(1, min(prompt, getattr(config, "max_position_embeddings", prompt + new_tokens) - new_tokens))
     rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, model.config.get_text_config().vocab_size, (batch, prompt), generator=rng).to(device)
+    tokens = torch.randint(3, config.vocab_size, (batch, prompt), generator=rng).to(device)
     prefill, decode = [], []
     for run in range(runs + 1):  # the first warms up
         prefill_start = synchronized_time(device)

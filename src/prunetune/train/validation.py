@@ -171,10 +171,8 @@ class Validation:
         if decision.plan is None:
             return
         step, good, schedule = record["step"], self.history.good, self.history.schedule
-        is_decided, candidate = (
-            not schedule.decides_after(step),
-            {"step": step, "kept": record["kept"], "scores": scores},
-        )
+        candidate = {"step": step, "kept": record["kept"], "scores": scores}
+        is_decided = not schedule.decides_after(step)
         is_first = not good or (is_decided and schedule.decides_after(good["step"]))
         if is_first or not self.ranks_states or _is_better(candidate, good):
             self.history = replace(self.history, good=candidate, stale=0)
