@@ -468,12 +468,6 @@ def test_run_that_starts_from_its_teacher_begins_at_a_lower_loss_and_resumes(
     assert results(run(config, resume=True)) == expected
 
 
-def test_second_order_scores_of_units_without_an_output_linear_are_refused(workspace: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads the whole weight"):
-        run(config_of(workspace, tmp_path / "run", search={"score": "second-order"}, budget={"units": ["mlp-blocks"]}))
-    assert not (tmp_path / "run").exists()
-
-
 def test_start_from_a_teacher_that_is_not_tuned_is_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapters of a dense teacher"):
         run(config_of(workspace, tmp_path / "run", train={"start": "teacher"}, distill={"teacher": "base"}))

@@ -15,7 +15,6 @@ from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
-from prunetune.pruning.curvature import consumer_name, record_curvature, removal_costs
 from prunetune.pruning.sites import find_sites
 from prunetune.train.importance import gate_importance, score_units
 from prunetune.train.job import TrainingJob
@@ -57,19 +56,6 @@ def test_score_is_the_importance_per_parameter_with_what_a_unit_contains() -> No
     whole = block.unit_params + groups.units * groups.unit_params
     torch.testing.assert_close(scores[block.name], importance[block.name] / whole)
     torch.testing.assert_close(scores[groups.name], importance[groups.name] / groups.unit_params)
-
-
-def test_second_order_score_is_the_removal_cost_per_parameter() -> None:
-    """Of the whole training loss on the same batches."""
-    job, passes = job_and_passes(score="second-order")
-    scores = score_units(job, passes, StepGuard(passes, 5), job.sites, None, 6)
-    ones = {site.name: torch.ones(site.units) for site in job.sites}
-    with record_curvature(job.model, job.sites) as curvatures:
-        for index in range(3):
-            passes.gate_gradients(job.search_stream.batch_at(index), ones)
-    for site in job.sites:
-        costs = removal_costs(job.model, site, curvatures[consumer_name(site)])
-        torch.testing.assert_close(scores[site.name], (costs / site.total_unit_params).float())
 
 
 def test_score_under_limits_is_the_importance_per_price() -> None:

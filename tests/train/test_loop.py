@@ -41,7 +41,6 @@ from support.models import random_plan, tiny
 
 METHODS = {
     "progressive": {},
-    "second-order": {"score": "second-order"},
     "generator": {"method": "generator"},
 }
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -154,11 +154,6 @@ class SearchConfig:
     )
     span: float = option(0.2, "Share of the steps over which the cuts are spread, from step 0 on.", gt=0, le=1)
 
-    score: Literal["gate-gradients", "second-order"] = option(
-        "gate-gradients",
-        "What a cut is decided by (progressive): the squared gradient at each unit's gate; or the second-order cost of "
-        "removing it once the columns beside it took over.",
-    )
     init_batches: int = option(
         16, "Batches of search whose gate gradients give the scores of a cut (progressive).", ge=1, formerly="evidence"
     )

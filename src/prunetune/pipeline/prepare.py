@@ -178,14 +178,6 @@ def prepare(
         )
     if ranks.uses_fsdp and config.lora.quantize != "off":
         raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
-    if config.search.score == "second-order" and (
-        ranks.uses_fsdp or config.lora.quantize != "off" or any(site.consumer is None for site in sites)
-    ):
-        raise ConfigError(
-            "search.score second-order reads the whole weight of the linear behind each unit: set budget.units to "
-            "kv-groups, query-heads and mlp-channels, lora.quantize to off, and launch without --use_fsdp; or set "
-            "search.score to gate-gradients"
-        )
     require_disk_space(folder.path, sum(disk_bytes_needed(meta_model, sites, config)))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":

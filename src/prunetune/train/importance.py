@@ -10,7 +10,6 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
-from prunetune.pruning.curvature import consumer_name, record_curvature, removal_costs
 from prunetune.pruning.remaining_sites import in_dense_numbering
 from prunetune.pruning.units import Site
 from prunetune.search.select import Scores
@@ -24,17 +23,10 @@ def score_units(
 ) -> Scores:
     """Score of every unit of the dense model, {site: [U]} on the CPU; zero for those that the plan has removed.
 
-    A unit's importance, by `search.score`, divided by what it and all inside it take of the budget: parameters, or
-    prices under limits.
+    A unit's importance divided by what it and all inside it take of the budget: parameters, or prices under limits.
     `sites` are those of the model as it is, which the plan has cut.
     """
-    with record_curvature(job.model, sites if job.config.search.score == "second-order" else ()) as curvatures:
-        importance = gate_importance(job, passes, guard, sites, step)
-    if curvatures:
-        job.ranks.all_reduce_sum_([part for name in sorted(curvatures) for part in curvatures[name].sums()])
-        importance = {
-            site.name: removal_costs(job.model, site, curvatures[consumer_name(site)]).float() for site in sites
-        }
+    importance = gate_importance(job, passes, guard, sites, step)
     limits, dense = job.constraints.limits, {site.name: site for site in job.sites}
     scores = {}
     for site in sites:

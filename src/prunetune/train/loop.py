@@ -4,8 +4,7 @@ The model is pruned while it is tuned. A unit is a KV group, an MLP channel, an 
 
 *Progressive removal*, the default, cuts the model several times within the first fifth of the run. At each cut it
 
-1. scores every unit that is left, on the weights as they now are: by the gradient of the training loss at its gate, or
-   by the loss to second order (`search.score`);
+1. scores every unit that is left, on the weights as they now are, by the gradient of the training loss at its gate;
 2. decides: the plan keeps the highest scores per parameter within the budget of this cut;
 3. cuts the model for real;
 4. tunes, until the next cut and then to the last step: all weights, or adapters in a large model.

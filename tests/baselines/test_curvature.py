@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunetune.baselines.compensation import compensate_consumers
+from prunetune.baselines.curvature import Curvature, consumer_name, record_curvature, removal_costs
 from prunetune.errors import ConfigError
 from prunetune.model.activation_checkpointing import use_checkpointing
-from prunetune.pruning.compensation import compensate_consumers
-from prunetune.pruning.curvature import Curvature, consumer_name, record_curvature, removal_costs
-from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.sites import find_sites
 from prunetune.utils.capture_lock import CAPTURE_LOCK
-from support.models import FAMILIES, random_plan, tiny, tokens, with_lora
+from support.models import FAMILIES, random_plan, tiny, tokens
 
 
 def loss_of(model: Any, ids: Tensor, length: int) -> Tensor:
@@ -101,13 +100,11 @@ def test_unit_that_another_one_repeats_costs_nothing() -> None:
     assert bool((costs >= 0).all())
 
 
-def test_adapter_counts_as_if_it_were_merged() -> None:
-    model, ids = with_lora(tiny()), tokens(batch=4, length=12)
+def test_costs_grow_with_the_square_of_the_weights() -> None:
+    model, ids = tiny(), tokens(batch=4, length=12)
     site = find_sites(model)[0]
     curvature = curvatures_of(model, ids, 12)[consumer_name(site)]
     costs = removal_costs(model, site, curvature)
-    merge_adapters(model)
-    torch.testing.assert_close(costs, removal_costs(model, site, curvature), rtol=1e-4, atol=0.0)
     with torch.no_grad():
         get_base_linear(model, consumer_name(site)).weight.mul_(2)
     torch.testing.assert_close(4 * costs, removal_costs(model, site, curvature), rtol=1e-4, atol=0.0)

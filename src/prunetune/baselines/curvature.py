@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunetune.baselines.compensation import damped, removal_errors
 from prunetune.errors import ConfigError
-from prunetune.pruning.compensation import damped, removal_errors
 from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, axis_size, get_base_linear
 from prunetune.pruning.units import Site
 from prunetune.utils.capture_lock import CAPTURE_LOCK
@@ -100,11 +100,7 @@ def removal_costs(model: nn.Module, site: Site, curvature: Curvature) -> Tensor:
     """
     name = consumer_name(site)
     linear: Any = get_base_linear(model, name)
-    adapted: Any = model.get_submodule(name)
-    stored = linear.weight.double()
-    for adapter in getattr(adapted, "active_adapters", ()):
-        stored = stored + adapted.get_delta_weight(adapter).double()
     with CAPTURE_LOCK:
         root = torch.linalg.cholesky(damped(curvature.gradients))  # L of G = L L^T
-        weight = root.t() @ as_out_in(linear, stored)
+        weight = root.t() @ as_out_in(linear, linear.weight.double())
         return removal_errors(weight, curvature.inputs, site.units) / curvature.tokens.clamp_min(1)
