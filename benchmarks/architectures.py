@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import resource
 import shutil
 import tempfile
@@ -51,6 +52,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [2, 4], "num_hidden_layers": 6},
     "granitemoehybrid": {"layer_types": TYPES, "num_hidden_layers": 6},
 }
+PATH = re.compile(r" ?\(?(/[\w.+-]+){2,}\)?")  # of this machine, in the text of an ImportError
 INTRODUCTION = """\
 <!-- Written by benchmarks/architectures.py. -->
 # Architectures
@@ -87,7 +89,8 @@ class Row:
             known = "entry" if self.model_type in FAMILIES else "checked"
             uniform, per_layer = ("yes" if layout == "yes" else "no" for layout in self.layouts)
             return f"{names} {known} | {', '.join(self.kinds)} | {uniform} | {per_layer} |"
-        return f"{names} | {self.fault or self.refusal} | | |".replace("\n", " ")
+        refusal = PATH.sub("", self.fault or self.refusal).replace("\n", " ").replace("|", "\\|")
+        return f"{names} | {refusal} | | |"
 
 
 def classes() -> dict[str, list[str]]:
@@ -137,7 +140,6 @@ def check(name: str, model_type: str, model: Any, folder: Path) -> Row:
     sites = find_sites(dense, units)
     layouts = []
     for layout in ("uniform", "per-layer"):
-        model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval().requires_grad_(False)
         model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval().requires_grad_(False)
         scores = {site.name: torch.rand(site.units) for site in sites}
         try:

@@ -52,7 +52,7 @@ def test_table_of_methods_is_computed_from_the_cells(tables: ModuleType, tmp_pat
     assert merged.read_results([file]).cells == cells
     mark = f'<!-- figures: methods {file} keep=0.6 methods=dense,fisher columns="nll,-nll,cost" -->'
     page = f"Before.\n\n{mark}\n\nAfter.\n"
-    rows = {row["method"]: row for row in merged.read_results([file]).comparison()["rows"]}
+    rows = {row["method"]: row for row in merged.read_results([file]).comparison([0.6])["rows"]}
     score = rows["fisher"]["scores"]["nll"]
     written = tables.with_tables(page)
     assert written.startswith(page.partition("\n\nAfter")[0] + "\n_SmolLM2-135M-Instruct, 2026-11-30, commit")

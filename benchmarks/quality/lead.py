@@ -1,7 +1,7 @@
 """Bars M1 to M5 from files of results: what progressive removal leads by, what is left to dense, what is forgotten.
 
     python benchmarks/quality/lead.py legal=OUT/legal.json healthcare=OUT/healthcare.json --command COMMAND \
-        [--case "uniform"] [--final] [--out benchmarks/results.jsonl]
+        [--case "uniform"] [--keeps 0.4] [--final] [--out benchmarks/results.jsonl]
 
 Every two-stage method in a file had the same help. The best of them is the one of lowest nll at that budget over the
 seeds that all have. Differences are paired; their error is the larger of that over items and that over seeds.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +49,31 @@ def mean(group: SeedGroup, metric: str) -> float:
 
 
 def best_two_stage(results: Results, keep: float, ours: SeedGroup) -> tuple[str, SeedGroup, int] | None:
-    """The two-stage method of lowest nll on our seeds, its cells, and how many methods it is the best of."""
+    """The two-stage method of lowest nll, its cells, and how many it is the best of: those with most of our seeds."""
     is_two_stage = {cell["method"]: "two-stage" in cell["changes"] for cell in results.cells}
     groups = {name: results.group(name, keep) for name, is_one in is_two_stage.items() if is_one}
     scored = {name: group for name, group in groups.items() if group is not None}
-    complete = {name: group for name, group in scored.items() if set(ours.seeds) <= set(group.seeds)}
-    if not complete:
+    shared = {name: [seed for seed in ours.seeds if seed in group.seeds] for name, group in scored.items()}
+    most = max(map(len, shared.values()), default=0)
+    if not most:
         return None
-    name = min(complete, key=lambda name: mean(complete[name].select_seeds(ours.seeds), "nll"))
-    return name, complete[name].select_seeds(ours.seeds), len(scored)
+    rivals = {name: scored[name].select_seeds(seeds) for name, seeds in shared.items() if len(seeds) == most}
+    name = min(rivals, key=lambda name: mean(rivals[name], "nll"))
+    return name, rivals[name], len(rivals)
 
 
-def bars(domain: str, results: Results) -> Iterator[dict[str, Any]]:
+def bars(domain: str, results: Results, keeps: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
     """Every figure of a domain as {bar, case, value, target, met, unit}."""
     dense = results.group(DENSE, 1.0)
-    keeps = sorted({cell["keep"] for cell in results.cells if cell["method"] == OURS}, reverse=True)
-    for keep in keeps:
+    found_keeps = {cell["keep"] for cell in results.cells if cell["method"] == OURS}
+    for keep in sorted(found_keeps.intersection(keeps or found_keeps), reverse=True):
         ours = results.group(OURS, keep)
         assert ours is not None
         where = f"{domain}, {100 * (1 - keep):.0f}% removed, {len(ours.seeds)} seeds"
         if found := best_two_stage(results, keep, ours):
             name, best, count = found
+            ours = ours.select_seeds(best.seeds)
+            where = f"{domain}, {100 * (1 - keep):.0f}% removed, {len(ours.seeds)} seeds"
             lead, error = difference(best, ours, "nll")
             target = LEADS[domain].get(keep)
             yield {
@@ -132,6 +136,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", metavar="DOMAIN=FILE")
     parser.add_argument("--command", required=True, help="that made the cells")
     parser.add_argument("--case", default="", help="begins each case: the layout, the model")
+    parser.add_argument("--keeps", nargs="+", type=float, default=[], help="budgets; default: all")
     parser.add_argument("--device", default="")
     parser.add_argument("--commit", default="")
     parser.add_argument("--final", action="store_true")
@@ -147,7 +152,7 @@ def main() -> None:
             "commit": arguments.commit or made.get("commit") or "",
             "final": arguments.final,
         }
-        for figure in bars(domain, results):
+        for figure in bars(domain, results, arguments.keeps):
             case = f"{arguments.case}, {figure['case']}" if arguments.case else figure["case"]
             give({**figure, "case": case, **origin}, arguments.out)
 

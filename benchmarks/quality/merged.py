@@ -1,17 +1,19 @@
 """All cells of several comparisons in one file of results, items included; prints their table.
 
     python benchmarks/quality/merged.py RESULTS.json FOLDER_OR_RESULTS [...] [--keeps 0.6] [--seeds 0] [--model NAME]
-        [--commit COMMIT]
+        [--commit COMMIT] [--version VERSION]
 
 A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first source's
-counts; of a method's learning rates, that which is best on valid. `pairs.py` and `tables.py` read the file: every mean,
-standard error and paired difference is computed from it again.
+counts; of a method's learning rates, at each budget that which is best on valid. A variant that is named after its rate
+(obs-1e-3) counts as the method (obs). `pairs.py` and `tables.py` read the file: every mean, standard error and paired
+difference is computed from it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from prunetune.config.recipe import from_mapping
 from prunetune.utils.files import write_text
 
 FORMAT = "prunetune-cells-1"
+NAMED_RATE = re.compile(r"-\d+e-\d$")
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,22 @@ class Results:
     split: str
     cells: list[dict[str, Any]]
 
-    def comparison(self, keeps: Sequence[float] = ()) -> dict[str, Any]:
-        """What `prunetune compare` would write to comparison.json of these cells."""
-        keeps = keeps or sorted({cell["keep"] for cell in self.cells if cell["keep"] < 1}, reverse=True)
+    def comparison(self, keeps: Sequence[float]) -> dict[str, Any]:
+        """What `prunetune compare` would write to comparison.json of these cells at some budgets."""
         config = from_mapping({"model": self.model, "compare": {"keeps": list(keeps), "split": self.split}})
-        rates = {name: self.rate(name) for name in dict.fromkeys(cell["method"] for cell in self.cells)}
-        return aggregate(self.cells, rates, config)
+        cells = [cell for cell in self.cells if cell["keep"] in (*keeps, 1)]
+        rates = {name: self.rate(name, keeps) for name in dict.fromkeys(cell["method"] for cell in cells)}
+        return aggregate(cells, rates, config)
 
-    def rate(self, method: str) -> float:
-        """The learning rate that is the best on valid of those tried; or the only one there is."""
-        own = [cell for cell in self.cells if cell["method"] == method]
+    def rate(self, method: str, keeps: Sequence[float]) -> float:
+        """The learning rate that is the best on valid of those tried at these budgets; or the only one there is."""
+        own = [cell for cell in self.cells if cell["method"] == method and cell["keep"] in (*keeps, 1)]
         return best_learning_rate(own) or float(own[-1]["learning_rate"])
 
     def group(self, method: str, keep: float) -> SeedGroup | None:
         """A method's cells at one budget and its learning rate, by seed; None without one."""
         own = [cell for cell in self.cells if cell["method"] == method and cell["keep"] in (keep, 1)]
-        rated = [cell for cell in own if cell["learning_rate"] == self.rate(method)]
+        rated = [cell for cell in own if cell["learning_rate"] == self.rate(method, [keep])]
         return SeedGroup(tuple(sorted(rated, key=lambda cell: cell["seed"]))) if rated else None
 
 
@@ -75,6 +78,7 @@ def read_results(sources: Sequence[Path]) -> Results:
                     columns["id"] = columns["id"] or content["ids"][task]
         for cell in found:
             if "error" not in cell:
+                cell["method"] = NAMED_RATE.sub("", cell["method"])
                 cells.setdefault(cell["cell"], cell)
     if len(set(models)) != 1 or len(set(splits)) != 1:
         raise SystemExit(f"results are of one model on one split; these are of {set(models)} on {set(splits)}")
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--model", help="its name in the tables")
     parser.add_argument("--commit", help="of cells that name none, since they ran in a copy without git")
+    parser.add_argument("--version", help="of cells that ran in a copy without git")
     arguments = parser.parse_args()
     found = read_results(arguments.sources)
     cells = [
@@ -115,9 +120,12 @@ def main() -> None:
     for cell in cells:
         made = cell.setdefault("made", {})
         made["commit"] = made.get("commit") or arguments.commit
+        if arguments.version:
+            cell["versions"]["prunetune"] = arguments.version
     results = Results(arguments.model or found.model, found.split, cells)
     write_results(arguments.results, results)
-    print(render_markdown(results.comparison()))
+    for keep in sorted({cell["keep"] for cell in cells if cell["keep"] < 1}, reverse=True):
+        print(render_markdown(results.comparison([keep])))
 
 
 if __name__ == "__main__":

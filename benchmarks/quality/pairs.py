@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for source, other in zip(arguments.of, arguments.minus or arguments.of, strict=True):
         ours, theirs = read_results([source]), read_results([other])
-        columns = ours.comparison()
+        columns = ours.comparison([arguments.keep])
         metrics = arguments.metrics or [*columns["metrics"], *columns["forgetting"], *columns["tasks"]]
         rows = []
         for pair in arguments.methods:
