@@ -49,10 +49,13 @@ TYPES = ["mamba", "mamba", "attention", "mamba", "attention", "mamba"]
 # Values where the class's own defaults are None, or are no model that runs.
 UNSET = {"head_dim": 16, "n_routed_experts": 4, "num_key_value_heads": 2, "n_group": 1, "topk_group": 1}
 OWN: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2, "num_hidden_layers": 6},
     "bamba": {"attn_layer_indices": [2, 4], "num_hidden_layers": 6},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_layer_freq": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "granitemoehybrid": {"layer_types": TYPES, "num_hidden_layers": 6},
 }
-PATH = re.compile(r" ?\(?(/[\w.+-]+){2,}\)?")  # of this machine, in the text of an ImportError
+PATH = re.compile(r" ?\(?(?<!\w)(/[\w.+-]+){2,}\)?")  # of this machine, in the text of an ImportError
 INTRODUCTION = """\
 <!-- Written by benchmarks/architectures.py. -->
 # Architectures

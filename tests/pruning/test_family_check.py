@@ -23,11 +23,13 @@ from support.data import subwords
 from support.models import relative, tokens
 
 TOLERANCE = 1e-5
-# One of a plain plan, of layers with and without attention, of latent attention beside experts.
+# One of a plain plan, of layers with and without attention, of latent attention beside experts; and one whose
+# `base_model_prefix` names no module, whose experts' matrices are transposed.
 CHECKED = {
     "cwm": ("kv-groups", "mlp-channels"),
     "qwen3_5_text": ("kv-groups", "mlp-channels"),
     "deepseek_v3": ("kv-groups", "expert-channels"),
+    "llama4_text": ("kv-groups", "expert-channels"),
 }
 
 

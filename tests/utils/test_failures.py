@@ -63,3 +63,11 @@ def test_first_and_last_line_are_never_empty() -> None:
 def test_error_of_any_content_is_one_line_of_bounded_length() -> None:
     assert str(DataError("a\nb: wrong")) == "a b: wrong"
     assert len(str(ConfigError("x" * 10**6))) == 3000
+
+
+def test_first_line_that_ends_in_a_colon_has_the_next_one_with_it() -> None:
+    assert first_line(RuntimeError("Error in loading:\n\tsize mismatch for a\n\tand b")) == (
+        "Error in loading: size mismatch for a"
+    )
+    assert first_line(RuntimeError("one\ntwo")) == "one"
+    assert first_line(RuntimeError("")) == "RuntimeError"

@@ -65,9 +65,9 @@ class PerLayerNames:
     @classmethod
     def from_model(cls, model: Any) -> PerLayerNames:
         """The names for a transformers model or a per-layer one; raises `ModelError` for a class of another package."""
-        base_attribute = model.base_model_prefix
-        causal, base, config = map(_stock_class, (model, getattr(model, base_attribute), model.config))
         first_layer = architecture_info(model).layer_prefixes[0]
+        base_attribute = first_layer.partition(".")[0]  # Llama 4's `base_model_prefix` names no module
+        causal, base, config = map(_stock_class, (model, getattr(model, base_attribute), model.config))
         return cls(
             config=config.__name__,
             base=base.__name__,

@@ -26,7 +26,7 @@ SIZES: Mapping[str, int] = {
     r"\w*state_size|mamba_d_state|\w*chunk_size": 8,
     r"\w*lora_rank|\w*time_step_rank|(\w*_)?head_dim": HEAD_DIM,
     r"num_experts|num_local_experts|n_routed_experts|moe_num_experts": 4,
-    r"num_experts_per_tok(en)?|moe_topk|top_k_experts": 2,
+    r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts": 2,
     r"n_group|topk_group|num_expert_group|(mamba_)?n_groups|num_kv_shared_layers|first_k_dense_replace": 1,
     r"linear_num_(key_|value_)?heads|index_n_heads|attn_layer_period": 2,
     r"(encoder|decoder)_attention_heads|n_heads?|rotary_dim": 4,

@@ -19,8 +19,9 @@ LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out",
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's text, with the next one if it ends in a colon; its type's name without a text."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 
 
 def last_line(output: str) -> str:

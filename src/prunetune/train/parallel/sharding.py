@@ -50,9 +50,9 @@ class ShardedLayers:
 
         self.model, self.ranks = model, ranks
         self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        self.prefix: str = model.base_model_prefix
-        self.blueprint = _meta_copy(model, model.get_submodule(self.prefix))
         self.names = architecture_info(model).layer_prefixes
+        self.prefix = self.names[0].partition(".")[0]  # of the decoder
+        self.blueprint = _meta_copy(model, model.get_submodule(self.prefix))
         for name in self.names:
             layer = model.get_submodule(name)
             _broadcast_weights(layer.modules(), ranks)
