@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunetune.baselines.activations import Moments, block_influences, input_grams, input_moments
-from prunetune.baselines.compensation import compensate_consumers
-from prunetune.baselines.curvature import consumer_name, record_curvature, removal_costs
 from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
+from prunetune.pruning.compensation import compensate_consumers
+from prunetune.pruning.curvature import consumer_name, record_curvature, removal_costs
 from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.baselines.compensation import damped, removal_errors
 from prunetune.errors import ConfigError
+from prunetune.pruning.compensation import damped, removal_errors
 from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, axis_size, get_base_linear
 from prunetune.pruning.units import Site
 from prunetune.utils.capture_lock import CAPTURE_LOCK

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunetune.baselines.compensation import compensate_consumers
-from prunetune.baselines.curvature import Curvature, consumer_name, record_curvature, removal_costs
 from prunetune.errors import ConfigError
 from prunetune.model.activation_checkpointing import use_checkpointing
+from prunetune.pruning.compensation import compensate_consumers
+from prunetune.pruning.curvature import Curvature, consumer_name, record_curvature, removal_costs
 from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.sites import find_sites
 from prunetune.utils.capture_lock import CAPTURE_LOCK

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunetune import find_sites
-from prunetune.baselines.compensation import compensate_consumers, damped, removal_errors
 from prunetune.plan import Plan
+from prunetune.pruning.compensation import compensate_consumers, damped, removal_errors
 from prunetune.pruning.cut import cut
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
