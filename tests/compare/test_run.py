@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import prunetune.compare.cell as cell_module
 import prunetune.compare.run
 import prunetune.compare.scoring as scoring
 from prunetune.baselines import BASELINES
-from prunetune.compare.cell import CellRunner, describe_help
+from prunetune.compare.cell import CellRunner
 from prunetune.compare.grid import Cell
 from prunetune.compare.methods import built_in_methods
 from prunetune.compare.run import compare
@@ -25,7 +24,6 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, LimitBroken, PlanError, PrunetuneError, RunFolderError
 from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.teacher import Teacher
 from support.data import write_lines
 from support.evaluation import write_model_and_rows
 
@@ -530,12 +528,3 @@ def test_valid_nll_is_that_of_answers(workspace: Path, tmp_path: Path) -> None:
     folder = compare(config_of(workspace, tmp_path / "run", compare=options))
     for cell in cells(folder).values():
         assert cell["valid_nll"] == cell["headline"]["nll"]
-
-
-@pytest.mark.parametrize(("is_tuned", "start"), [(True, "from its weights, "), (False, "")])
-def test_help_names_the_start_from_a_tuned_teacher(is_tuned: bool, start: str) -> None:
-    name = "dense" if is_tuned else "base"
-    config = from_mapping({"train": {"start": "teacher", "weights": "all"}, "distill": {"teacher": name}})
-    context: Any = SimpleNamespace(config=config, encoded={})
-    described = describe_help(context, Teacher(None, is_tuned=is_tuned))
-    assert described == f"{name} teacher, {start}all weights, muon"

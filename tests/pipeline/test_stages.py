@@ -454,25 +454,6 @@ def test_distance_to_the_teacher_is_recorded(workspace: Path, tmp_path: Path) ->
     assert records[-1]["distance"] > 0
 
 
-def test_run_that_starts_from_its_teacher_begins_at_a_lower_loss_and_resumes(
-    workspace: Path, done: dict[str, Path], tmp_path: Path
-) -> None:
-    config = config_of(workspace, tmp_path / "run", train={"start": "teacher"}, lora={"dense_rank": 4})
-    folder = run(config)
-    first = [json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (folder, done["per-layer"])]
-    assert first[0]["loss"] < first[1]["loss"]
-    expected = results(folder)
-    shutil.rmtree(folder / "model")
-    for checkpoint in sorted((folder / "checkpoints").glob("step-*"))[1:]:
-        shutil.rmtree(checkpoint)
-    assert results(run(config, resume=True)) == expected
-
-
-def test_start_from_a_teacher_that_is_not_tuned_is_refused(workspace: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapters of a dense teacher"):
-        run(config_of(workspace, tmp_path / "run", train={"start": "teacher"}, distill={"teacher": "base"}))
-
-
 @pytest.mark.parametrize("template", ["auto", "raw"])
 def test_model_tuned_on_chats_stops_at_the_end_of_a_turn(template: str, tmp_path: Path) -> None:
     tokenizer, model = subwords(), speaker(vocab_size=len(subwords()))

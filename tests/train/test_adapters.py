@@ -19,7 +19,6 @@ from prunetune.train import weight_trainer
 from prunetune.train.adapters import (
     adapter_norms,
     add_adapters,
-    copy_adapters,
     cut_tensors,
     expand_tensors,
     trainable_parameters,
@@ -27,7 +26,7 @@ from prunetune.train.adapters import (
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import group_lasso
 from support.loop import GENERATOR, AllCheckpoints, config_of, identical, job_of, tuned
-from support.models import random_plan, tiny, with_lora
+from support.models import random_plan, tiny
 
 
 def test_expanding_undoes_cutting_except_for_removed_units() -> None:
@@ -69,14 +68,6 @@ def test_new_adapters_change_no_output_and_follow_the_seed() -> None:
     first, second = trainable_parameters(model), trainable_parameters(other)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(first) == 2 * 7 * 3
-
-
-@pytest.mark.parametrize("rank", [4, 6])
-def test_adapters_that_begin_as_others_give_their_model(rank: int) -> None:
-    tuned_model, model, ids = with_lora(tiny(), rank=4), tiny(), torch.arange(3, 13)[None]
-    add_adapters(model, find_sites(model), config_of({"lora": {"rank": rank}}).lora, seed=5)
-    copy_adapters(model, trainable_parameters(tuned_model))
-    torch.testing.assert_close(model(ids).logits, tuned_model(ids).logits)
 
 
 def test_group_lasso_equals_value_by_hand() -> None:

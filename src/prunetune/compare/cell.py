@@ -188,9 +188,7 @@ class CellRunner:
             facts = {"help": describe_help(context, None), "train_seconds": tuned.seconds, "teacher_seconds": 0.0}
             return copy.deepcopy(tuned.model), tuned.plan, facts | {"curve": tuned.curve}
         make_teacher, teacher_seconds = self._teacher_factory(cell, context.config.distill)
-        starts_tuned = context.config.train.start == "teacher" and teacher_seconds > 0
-        start = self.tuned_dense(cell.seed, self.dense_learning_rate).model if starts_tuned else self.model
-        model, monitor, started = copy.deepcopy(start), CellMonitor(self), time.monotonic()
+        model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
         teacher = make_teacher(model)
         make = partial(
             make_job, context, model, NullCheckpointStore(), monitor, teacher=teacher, good_checkpoints=NewestState()
@@ -270,11 +268,9 @@ def describe_help(context: RunContext, teacher: Teacher | None) -> str:
     config = context.config
     teacher_name = "no teacher" if teacher is None else f"{config.distill.teacher} teacher"
     texts = ["texts"] if teacher is not None and "texts" in context.encoded else []
-    starts_tuned = teacher is not None and teacher.is_tuned and config.train.start == "teacher"
-    start = ["from its weights"] if starts_tuned else []
     if config.train.weights == "all":
-        return ", ".join([teacher_name, *start, *texts, "all weights", "muon"])
-    return ", ".join([teacher_name, *start, *texts, f"rank {config.lora.rank}", config.train.optimizer])
+        return ", ".join([teacher_name, *texts, "all weights", "muon"])
+    return ", ".join([teacher_name, *texts, f"rank {config.lora.rank}", config.train.optimizer])
 
 
 def build_calibration(context: RunContext, job: TrainingJob, passes: Passes) -> Calibration:

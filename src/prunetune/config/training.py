@@ -53,9 +53,6 @@ class TrainConfig:
         gt=0,
         le=1,
     )
-    start: Literal["base", "teacher"] = option(
-        "base", "Weights that the first step starts from: the model as loaded, or as the dense teacher was tuned."
-    )
     learning_rate: float = option(
         1e-3,
         "Peak learning rate of what is tuned. auto, or 0: 5e-4, 1e-3 and 2e-3 are tried on a tenth of the steps each, "

@@ -164,13 +164,6 @@ def prepare(
             f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
             f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
-    if config.train.start == "teacher" and (
-        config.distill.teacher != "dense" or config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp
-    ):
-        raise ConfigError(
-            "train.start teacher takes over the adapters of a dense teacher: set distill.teacher to dense, lora.rank "
-            "to at least lora.dense_rank, and launch without --use_fsdp; or set train.start to base"
-        )
     if ranks.uses_fsdp and config.train.weights == "all":
         raise ConfigError(
             "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "

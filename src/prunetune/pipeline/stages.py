@@ -245,12 +245,7 @@ def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any
     if distill.teacher == "base":
         shard_layers(model, context.ranks)
     model, is_tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
-    adapters = None
-    if context.config.train.start == "teacher":
-        tuned = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks).latest()
-        assert tuned is not None
-        adapters = tuned.tensors["adapters"]
-    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share, adapters=adapters)
+    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share)
     return lambda _: teacher
 
 

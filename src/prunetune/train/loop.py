@@ -21,7 +21,7 @@ from __future__ import annotations
 from prunetune.plan import Plan
 from prunetune.search.decision import Decision
 from prunetune.search.select import select
-from prunetune.train.adapters import add_adapters, copy_adapters
+from prunetune.train.adapters import add_adapters
 from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.importance import score_units
 from prunetune.train.job import TrainingJob
@@ -42,8 +42,6 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     continue from with a new model. Raises `LimitBroken` if a limit stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive_seed(job.config.seed, "adapters"))
-    if job.teacher is not None and job.teacher.adapters is not None:
-        copy_adapters(job.model, job.teacher.adapters)
     cut_layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches

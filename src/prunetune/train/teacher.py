@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.encoding import Example
@@ -22,7 +20,6 @@ class Teacher:
     is_tuned: bool = True  # on the task; an untuned one counts only on tokens without a label
     shares_weights: bool = False  # its weights are the student's, see `pruning/teacher_student_weights.py`
     share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
-    adapters: Mapping[str, Tensor] | None = None  # that it was tuned with, where the student starts from them
 
     def __post_init__(self) -> None:
         assert 0 < self.share <= 1, "`resolve_auto` decides what 0 means"
