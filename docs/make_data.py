@@ -74,11 +74,12 @@ counted.
 |---|---|---|
 | JSON lines, JSON | `.jsonl`, `.ndjson`, `.json` | one object a line, or a list of objects (or `{"data": [...]}`) |
 | CSV | `.csv`, `.tsv` | the first line names the columns and tells what separates them: comma, semicolon or tab |
+| Excel | `.xlsx` | as CSV; one sheet holds the rows; `pip install 'prunetune[excel]'` |
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
 
 Text formats may be compressed: `.gz`, `.zst`, `.bz2`, as in `rows.jsonl.gz`. They are UTF-8 or, with a byte order
 mark, UTF-16. Other text is read as Windows-1252 (or Latin-1), and a warning shows a line. Line ends of Windows
-become those of Unix. Two columns of one name are refused. Of Excel, save the sheet as CSV.
+become those of Unix. Two columns of one name are refused.
 
 ## Shapes of rows
 

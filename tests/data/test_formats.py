@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from openpyxl import Workbook
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
@@ -93,6 +94,54 @@ def test_usual_encodings_are_detected_and_a_guess_is_said(
     is_guess = encoding in ("latin-1", "cp1252")
     assert len([message for message in caplog.messages if "read as Windows-1252" in message]) == is_guess
     assert not is_guess or "Köln" in caplog.text
+
+
+def workbook(path: Path, *sheets: list[list[Any]]) -> Path:
+    book = Workbook()
+    for number, rows in enumerate(sheets):
+        sheet = book.create_sheet(f"Sheet{number}")
+        for row in rows:
+            sheet.append(row)
+    book.save(path)  # with the empty sheet that every new workbook has
+    return path
+
+
+def test_sheet_is_read_as_its_csv_would_be(tmp_path: Path) -> None:
+    rows = [
+        [],
+        ["prompt", "choices", "answer", None],
+        ["Where?", '["here", "there"]', 1],
+        [],
+        ["When?", '["x", "y"]', 0],
+    ]
+    workbook(tmp_path / "a.xlsx", rows)
+    text = 'prompt,choices,answer,\nWhere?,"[""here"", ""there""]",1,\nWhen?,"[""x"", ""y""]",0,\n'
+    (tmp_path / "a.csv").write_text(text)
+    config = DataConfig(root=str(tmp_path))
+    rows_of = {name: read_rows([name], config, "train") for name in ("a.xlsx", "a.csv")}
+    assert [row.fields for row in rows_of["a.xlsx"]] == [row.fields for row in rows_of["a.csv"]]
+    assert [row.source.rpartition(":")[2] for row in rows_of["a.xlsx"]] == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("sheets", "message"),
+    [
+        ([[["prompt", "prompt"], ["a", "b"]]], "two columns are called prompt; rename"),
+        ([[["text"], ["a"]], [["text"], ["b"]]], "2 sheets hold rows (Sheet, Sheet0, Sheet1); save each as a file"),
+        ([[]], "a.xlsx: empty"),
+    ],
+)
+def test_sheets_that_hold_no_table_are_refused(sheets: Any, message: str, tmp_path: Path, say: Any) -> None:
+    code, out, err = say("data", workbook(tmp_path / "a.xlsx", *sheets))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_excel_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Any) -> None:
+    monkeypatch.setattr("prunetune.utils.optional.is_installed", lambda name: name != "openpyxl")
+    code, _, err = say("data", workbook(tmp_path / "a.xlsx", [["text"], ["a"]]))
+    assert code == 2
+    assert "pip install 'prunetune[excel]'" in err
 
 
 def test_line_ends_of_windows_become_those_of_unix(tmp_path: Path) -> None:
@@ -201,7 +250,8 @@ BAD = [
     ("a.gz", gzip.compress(LINES, mtime=0), "a.gz: ending '.gz' is not read"),
     ("a.parquet.gz", b"", "a.parquet.gz: ending '.gz' is not read"),
     ("a.jsonl.xz", b"", "ending '.xz' is not read; known are .jsonl"),
-    ("a.xlsx", b"PK", "ending '.xlsx' is not read; save the sheet as CSV"),
+    ("a.xls", b"", "ending '.xls' is not read; save the sheet as CSV or .xlsx"),
+    ("a.xlsx", b"PK", "a.xlsx: not readable as Excel"),
     ("a.jsonl", b"\x00\x01\x02\xff\xff", "a.jsonl:1: not UTF-8"),
     ("a.jsonl", '{"text": "Köln"}\n'.encode() + b'{"text": "K\xf6ln"}\n', "a.jsonl:2: not UTF-8 (byte 0xf6)"),
     ("a.csv", "text\n漢字の文章\n".encode("shift-jis"), "a.csv:2: not UTF-8"),

@@ -1,4 +1,4 @@
-"""File formats: numbered rows of JSON, JSON lines, CSV, Arrow and Parquet files, in any usual encoding."""
+"""File formats: numbered rows of JSON, JSON lines, CSV, Excel, Arrow and Parquet files, in any usual encoding."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import DataError
+from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import parse_json, shorten
 
 log = logging.getLogger(__name__)
 # A row that cannot be read is an error in its place, so that bad rows can be counted.
 NumberedRows = Iterator[tuple[int, Any]]
 NESTED = {"choices", "messages"}  # written as JSON in a cell of CSV
-UNTYPED = (".csv", ".tsv")  # all other cells are text
+UNTYPED = (".csv", ".tsv", ".xlsx")  # all other cells are text
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
@@ -160,6 +161,33 @@ def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Any:
     return row
 
 
+def _excel(path: Path) -> NumberedRows:
+    """The only sheet that holds rows, as a CSV of it would be read; formulas count as what they last gave."""
+    require_installed("openpyxl", extra="excel", use=f"reading {path.name}")
+    from openpyxl import load_workbook
+
+    try:
+        book = load_workbook(path, read_only=True, data_only=True)
+        sheets = {sheet.title: list(enumerate(sheet.iter_rows(values_only=True), 1)) for sheet in book.worksheets}
+        book.close()
+    except Exception as broken:  # of zip, XML or what is missing in it: openpyxl lets them through
+        raise DataError(f"{path}: not readable as Excel ({_one_line(broken)}); save it again as .xlsx") from broken
+    rows = [[(line, [_cell_text(cell) for cell in cells]) for line, cells in sheet] for sheet in sheets.values()]
+    tables = [filled for sheet in rows if (filled := [(line, cells) for line, cells in sheet if any(cells)])]
+    if len(tables) > 1:
+        raise DataError(f"{path}: {len(tables)} sheets hold rows ({', '.join(sheets)}); save each as a file of its own")
+    for (_, names), *table in tables:
+        header = _distinct(names, path)
+        for line, cells in table:
+            yield line, _csv_row(header, cells, f"{path}:{line}")
+
+
+def _cell_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # Excel has no other numbers
+    return "" if value is None else str(value)
+
+
 def _distinct(names: Iterable[str], path: Path) -> list[str]:
     """The names of columns; raises `DataError` if two are the same."""
     names = list(names)
@@ -213,6 +241,6 @@ def _one_line(error: Exception) -> str:
 # By ending. Each raises `DataError` with file and line if a file cannot be read.
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
-    ".arrow": _arrow, ".feather": _arrow,
+    ".arrow": _arrow, ".feather": _arrow, ".xlsx": _excel,
 }  # fmt: skip
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # which may be compressed

@@ -216,7 +216,7 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
     for match in files:
         if not _has_reader(match.name):
             known = f"known are {', '.join(READERS)}, those of text also with {', '.join(COMPRESSED)} behind"
-            advice = "save the sheet as CSV" if match.suffix.startswith((".xls", ".ods")) else known
+            advice = "save the sheet as CSV or .xlsx" if match.suffix.startswith((".xls", ".ods")) else known
             raise DataError(f"{match}: ending {match.suffix!r} is not read; {advice}")
     return files
 
