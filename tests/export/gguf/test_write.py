@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
-from prunetune.export.gguf import llamacpp, tensors
+from prunetune.export.gguf import llamacpp, mixes, tensors
 from prunetune.export.gguf.architectures import LLAMA, UNIFORM_ARCHITECTURES, select_architecture
 from prunetune.export.gguf.tensors import build_tensors
 from prunetune.export.gguf.write import verify_tensors, write_gguf
@@ -269,44 +271,68 @@ def test_export_refuses_values_beyond_float16(tmp_path: Path) -> None:
     assert not list(run.rglob("*.gguf*"))
 
 
-def test_kquants_need_llama_cpp_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", mixes.MIXES)
+def test_mix_without_its_library_names_the_extra(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match="pip install llama-cpp-python"):
-        export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
+    with pytest.raises(MissingPackage, match=rf"GGUF in {dtype} needs xllamacpp.*prunetune\[llamacpp\]"):
+        export_run(run, "gguf", options=ExportOptions(dtype=dtype))
+    assert not list(run.rglob("*.gguf*"))
 
 
 def test_every_family_of_the_table_has_a_case() -> None:
     assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM_ARCHITECTURES)
 
 
-STAND_IN = """
-import shutil
-from types import SimpleNamespace as llama_model_quantize_default_params
-def llama_model_quantize(source, target, params):
-    if params.ftype != {file_type}:
-        return 1
-    shutil.copyfile(source.decode(), target.decode())
-    return 0
-"""
+# Widths whose rows 256 divides, and layers enough for a mix to tell them apart.
+DIVISIBLE = {**WIDE, "hidden_size": 256, "intermediate_size": 512, "layers": 8, "head_dim": 128}
 
 
 @pytest.mark.usefixtures("_quick")
-def test_kquants_are_made_by_llama_cpp_from_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake replaces llama-cpp-python, which takes minutes to build: it copies the file and accepts one type."""
-    (tmp_path / "site").mkdir()
-    file_type = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
-    (tmp_path / "site" / "llama_cpp.py").write_text(STAND_IN.replace("{file_type}", str(file_type)))
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", dtype=torch.bfloat16)
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_mix_has_the_types_of_llama_cpp_and_the_values_of_the_model(layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    plan = plan_of(tiny("llama", **DIVISIBLE), 1, 256)
+    run, _ = run_folder(tmp_path / "run", subwords(), layout=layout, plan=plan, **DIVISIBLE)
     result = export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
-    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(result.path).tensors} == {"F32", "BF16"}
-    assert "rows of 23 tensors do not divide by 256: llama.cpp gave them a larger type than q4_k_m" in result.notes
-    assert [path.name for path in result.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
-    with pytest.raises(ModelError, match=r"could not quantise to q5_k_m .*; take --dtype q8_0"):
-        export_run(run, "gguf", options=ExportOptions(dtype="q5_k_m"))
-    assert [path.name for path in result.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+    exact = export_run(run, "gguf", options=ExportOptions(dtype="f32"))
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(result.path).tensors}
+    for tensor in gguf.GGUFReader(exact.path).tensors:
+        mixed = read[tensor.name]
+        values = gguf.quants.dequantize(mixed.data, mixed.tensor_type)
+        assert np.abs(values - tensor.data).mean() <= 0.1 * np.abs(tensor.data).mean(), tensor.name
+    types = {name: tensor.tensor_type.name for name, tensor in read.items()}
+    assert (types["output.weight"], types["output_norm.weight"], types["token_embd.weight"]) == ("Q6_K", "F32", "Q4_K")
+    finer = [index for index in range(8) if types[f"blk.{index}.ffn_down.weight"] == "Q6_K"]
+    assert finer == [0, 3, 6, 7]
+    assert types["blk.3.attn_v.weight"] == "Q6_K"
+    assert {types[f"blk.{index}.attn_q.weight"] for index in range(8)} == {"Q4_K"}
+    assert any(note.startswith("types: 49 q4_k, 9 q6_k") and "256" not in note for note in result.notes)
+    (check,) = [check for check in result.checks if "xllamacpp" in check.runtime]
+    assert check.ran
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "expected"),
+    [("q4_k_m", 96, "Q5_0"), ("q5_k_m", 96, "Q5_1"), ("q6_k", 96, "Q8_0"), ("q4_k_m", 72, "F16"), ("q4_0", 96, "Q4_0")],
+)
+def test_rows_that_256_does_not_divide_take_the_next_larger_type(dtype: str, width: int, expected: str) -> None:
+    shapes = {"token_embd.weight": (9, 256), "blk.0.ffn_up.weight": (512, width), "blk.0.ffn_norm.weight": (256,)}
+    types = tensors.tensor_types(shapes, dtype)
+    assert types == {"token_embd.weight": Type.Q6_K, "blk.0.ffn_up.weight": Type[expected]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_before_llama_cpp_sees_them(value: float) -> None:
+    with pytest.raises(ModelError, match=r"a\.weight holds values that are not finite"):
+        mixes.quantize_block(np.full((1, 256), value, np.float32), Type.Q4_K, "a.weight")
+
+
+def test_types_that_gguf_py_makes_too_are_equal_to_the_bit() -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    rows = torch.randn(3, 512).numpy()
+    for type in (Type.Q4_0, Type.Q5_0, Type.Q5_1, Type.Q8_0):
+        assert np.array_equal(mixes.quantize_block(rows, type, "a"), gguf.quants.quantize(rows, type))
 
 
 def test_error_line_prefers_the_message_of_llama_cpp() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 
 from prunetune.export.gguf.architectures import GgufArchitecture, rope_options
+from prunetune.export.gguf.mixes import MIXES
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
 
@@ -15,6 +16,7 @@ FILE_TYPES = {
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    **{mix: gguf.LlamaFileType[f"MOSTLY_{mix.upper()}"] for mix in MIXES},
 }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from io import BufferedWriter
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 from prunetune.export.gguf.architectures import GgufArchitecture, rope_options
+from prunetune.export.gguf.mixes import K_TYPES, MIXES, mixed_types, quantize_block
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
 
@@ -83,6 +84,8 @@ def quantize_rows(rows: Tensor, type: Type, name: str) -> NDArray[Any]:
     """[R, C] or [C] float32 -> the same in the file's type; raises `ModelError` for values beyond float16."""
     if type is Type.F16 and not bool((rows.abs() <= torch.finfo(torch.float16).max).all()):
         raise ModelError(f"{name} holds values beyond float16: export with --dtype bf16 or f32")
+    if type in K_TYPES:
+        return quantize_block(rows.contiguous().numpy(), type, name)
     quantized: NDArray[Any] = gguf.quants.quantize(rows.contiguous().numpy(), type)
     return quantized
 
@@ -116,16 +119,18 @@ def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> t
         if arch.interleaved_rope and widths and module in ("q_proj", "k_proj"):
             heads = widths.query_heads if module == "q_proj" else widths.kv_heads
         offset = arch.norm_offset if stored.endswith("norm.weight") else 0.0
-        tensors.append(GgufTensor(name, parts, shape, tensor_type(shape, dtype), heads, offset))
-    return (*tensors, *_rope_factors(source))
+        tensors.append(GgufTensor(name, parts, shape, Type.F32, heads, offset))
+    types = tensor_types({tensor.name: tensor.shape for tensor in tensors}, dtype)
+    return (*(replace(tensor, type=types.get(tensor.name, Type.F32)) for tensor in tensors), *_rope_factors(source))
 
 
-def tensor_type(shape: tuple[int, ...], dtype: str) -> Type:
-    """A tensor's type in the file: float32 for vectors, float16 for rows that do not divide into blocks."""
-    if len(shape) == 1:
-        return Type.F32
+def tensor_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Type]:
+    """{matrix: its type in the file}, of {tensor: its shape}; float16 for rows that do not divide into blocks."""
+    if dtype in MIXES:
+        return mixed_types(shapes, dtype)
     preferred = GGML_TYPES[dtype]
-    return preferred if shape[-1] % gguf.GGML_QUANT_SIZES[preferred][0] == 0 else Type.F16
+    divides = {name: shape[-1] % gguf.GGML_QUANT_SIZES[preferred][0] == 0 for name, shape in shapes.items()}
+    return {name: preferred if divides[name] else Type.F16 for name, shape in shapes.items() if len(shape) > 1}
 
 
 def _rope_factors(source: ExportSource) -> tuple[GgufTensor, ...]:

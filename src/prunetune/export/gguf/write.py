@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 
 from prunetune.errors import SelfCheckFailed
-from prunetune.export.gguf import kquants, llamacpp
+from prunetune.export.gguf import llamacpp, mixes
 from prunetune.export.gguf.architectures import select_architecture
 from prunetune.export.gguf.metadata import add_metadata, export_notes
 from prunetune.export.gguf.tensors import GgufTensor, TensorStream, build_tensors
@@ -19,7 +19,7 @@ from prunetune.export.gguf.tokenizer import add_tokenizer
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
 
-DTYPES = ("f16", "f32", "bf16", "q8_0", *kquants.KQUANT_TYPES)
+DTYPES = ("f16", "f32", "bf16", "q8_0", *mixes.MIXES)
 EXACT_DTYPES = ("f32", "f16")  # in these llama.cpp must generate the tokens of transformers in float32
 
 # gguf-py logs every key and tensor at INFO, and warns of float16, which is meant here.
@@ -32,28 +32,20 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     Raises `ModelError` or `MissingPackage` before anything is written, `SelfCheckFailed` if a check fails.
     """
     arch = select_architecture(source)
-    is_kquant = options.dtype in kquants.KQUANT_TYPES
-    exact, dtype = path, options.dtype
-    if is_kquant:  # made from a file in the dtype of the stored weights
-        kquants.require_llama_cpp()
-        exact = path.with_name(path.name + ".exact")
-        dtype = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(source.dtype, "f32")
-    try:
-        tensors, tokenizer_note = write_gguf(source, exact, dtype)
-        verify_tensors(source, exact, tensors)
-        kquant_notes = kquants.quantize(exact, path, options.dtype) if is_kquant else ()
-    finally:
-        if is_kquant:
-            exact.unlink(missing_ok=True)
+    dtype = options.dtype
+    if dtype in mixes.MIXES:
+        mixes.require_library(dtype)
+    tensors, tokenizer_note = write_gguf(source, path, dtype)
+    verify_tensors(source, path, tensors)
     readback = RuntimeCheck(f"gguf {version('gguf')}", f"{len(tensors)} tensors of {dtype} read back, equal to the bit")
     return ExportResult(
         path=path,
         format=f"GGUF, architecture {arch.name}",
-        dtype=options.dtype,
+        dtype=dtype,
         params=source.params,
         bytes=path.stat().st_size,
-        checks=(readback, check_in_llamacpp(source, path, exact=options.dtype in EXACT_DTYPES)),
-        notes=(*export_notes(source, arch), *fallback_notes(tensors, dtype), *kquant_notes, tokenizer_note),
+        checks=(readback, check_in_llamacpp(source, path, exact=dtype in EXACT_DTYPES)),
+        notes=(*export_notes(source, arch), *fallback_notes(tensors, dtype), tokenizer_note),
     )
 
 
@@ -104,7 +96,13 @@ def check_in_llamacpp(source: ExportSource, path: Path, *, exact: bool) -> Runti
 
 
 def fallback_notes(tensors: tuple[GgufTensor, ...], dtype: str) -> tuple[str, ...]:
-    """A note if tensors have another type, as their rows do not divide into the type's blocks."""
+    """A note on tensors whose rows do not divide into the type's blocks; one on the types of a mix."""
+    if dtype in mixes.MIXES:
+        matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+        counts = Counter(tensor.type.name.lower() for tensor in matrices)
+        other = sum(tensor.shape[-1] % 256 != 0 for tensor in matrices)
+        advice = f"; rows of {other} do not divide by 256, and take more (budget.align 256 avoids it)" if other else ""
+        return (f"types: {', '.join(f'{count} {name}' for name, count in counts.most_common())}{advice}",)
     fallbacks = sum(len(tensor.shape) > 1 and tensor.type.name.lower() != dtype for tensor in tensors)
     if not fallbacks:
         return ()
