@@ -270,6 +270,51 @@ def test_quality_is_unknown_with_too_few_items(count: int, reading: str, tmp_pat
     assert ("with 20 items" in answer.explanation) == (count == 5)
 
 
+def quality(tmp_path: Path, **scored: Evaluation) -> verdicts.RunVerdict:
+    run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
+    return verdicts.run_verdicts(run, headline_score(scored), metric_rows(scored))[2]
+
+
+def choices(right: int, expected: str = "ab", nll: float = 1.0) -> Evaluation:
+    """The first `right` of 200 rows are right; the right answers are those of `expected`, in turn."""
+    items = tuple(
+        Item(str(i), "?", expected[i % len(expected)], "", i < right, {"accuracy": float(i < right)})
+        for i in range(200)
+    )
+    mean = right / 200
+    scores = {"accuracy": Score(mean, math.sqrt(mean * (1 - mean) / 199), 200), "nll": Score(nll, 0.01, 200)}
+    return Evaluation({"t": TaskResult("t", scores, items)})
+
+
+def test_model_that_is_not_above_the_untuned_one_has_learnt_nothing(tmp_path: Path) -> None:
+    answer = quality(tmp_path, dense=choices(120), tuned=choices(122), pruned=choices(121))
+    assert answer.answer == "no"
+    assert answer.explanation.startswith(
+        "Nothing that was learnt shows in the pruned model, nor in the dense tuned one:"
+    )
+    answer = quality(tmp_path / "b", dense=choices(120), tuned=choices(180), pruned=choices(121))
+    assert answer.explanation.startswith("Nothing that was learnt shows in the pruned model: ")
+
+
+def test_accuracy_that_one_answer_for_all_rows_reaches_was_not_learnt(tmp_path: Path) -> None:
+    scored = {"dense": choices(60, "aaab"), "tuned": choices(150, "aaab"), "pruned": choices(150, "aaab")}
+    assert quality(tmp_path, **scored).answer == "no"
+    scored = {"dense": choices(60, "aaab"), "tuned": choices(180, "aaab"), "pruned": choices(180, "aaab")}
+    assert quality(tmp_path / "b", **scored).answer == "yes"
+
+
+def test_general_task_shows_no_learning() -> None:
+    tasks = {name: replace(choices(right).tasks["t"], general=True) for name, right in (("dense", 60), ("pruned", 150))}
+    assert not verdicts.has_learnt({name: Evaluation({"t": task}) for name, task in tasks.items()}, "pruned")
+
+
+def test_likelihood_that_fell_is_told_beside_equal_accuracy(tmp_path: Path) -> None:
+    scored = {"dense": choices(60), "tuned": choices(180, nll=0.5), "pruned": choices(180, nll=0.6)}
+    answer = quality(tmp_path, **scored)
+    assert answer.answer == "partly"
+    assert answer.explanation.endswith("But right answers became less likely (NLL per token) in t.")
+
+
 def test_change_without_spread_has_a_verdict() -> None:
     for ours, verdict in ((0, "worse"), (1, "within noise")):
         reference, pruned = task("t", [1] * 50), task("t", [ours] * 50)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from prunetune.evaluation.results import Evaluation
 from prunetune.manifest import Manifest
 from prunetune.report import formatting
 from prunetune.report.run_folder import RunFiles
-from prunetune.report.scores import REFERENCE_NAMES, HeadlineScore, TaskMetricRow, reference_model
+from prunetune.report.scores import REFERENCE_NAMES, HeadlineScore, TaskMetricRow, metric_rows, reference_model
 from prunetune.report.speed import interleaved_ratio, separate_ratio
 
 VerdictAnswer = Literal["yes", "no", "partly", "unknown", "none"]
@@ -92,6 +94,12 @@ def _speed_verdict(manifest: Manifest) -> RunVerdict:
 def _quality_verdict(run: RunFiles, headline: HeadlineScore | None, rows: Sequence[TaskMetricRow]) -> RunVerdict:
     if headline is None:
         return RunVerdict("As good?", "unknown", "There are no scores to compare.")
+    if "dense" in run.evaluations and not has_learnt(run.evaluations, "pruned"):
+        is_tuned_too = "tuned" in run.evaluations and not has_learnt(run.evaluations, "tuned")
+        words = f"Nothing that was learnt shows in the pruned model{', nor in the dense tuned one' * is_tuned_too}: no "
+        words += "score is better than the untuned model's and than that of one answer for all rows, beyond two "
+        words += "standard errors. Tune longer, at another learning rate, or on more data."
+        return RunVerdict("As good?", "no", words)
     judged = [row for row in rows if row.is_headline and row.verdict]
     worse = [row.task for row in judged if row.verdict == "worse"]
     reference = reference_model(run.evaluations)
@@ -99,15 +107,38 @@ def _quality_verdict(run: RunFiles, headline: HeadlineScore | None, rows: Sequen
     if not judged:
         return RunVerdict("As good?", "unknown", f"No task says so beyond doubt; {name} is the reference.")
     if worse:
-        named = ", ".join(formatting.truncated(task) for task in worse[:3])
-        named += f" and {len(worse) - 3} more" if len(worse) > 3 else ""
-        words = f"In {len(worse)} of {tasks} worse than the {name} model beyond two standard errors: {named}."
+        words = f"In {len(worse)} of {tasks} worse than the {name} model beyond two standard errors: {_named(worse)}."
         return RunVerdict("As good?", "no" if len(worse) == len(judged) else "partly", words)
     if reference != "tuned":  # better than untuned says that tuning helped, not that pruning did no harm
         return RunVerdict("As good?", "unknown", "Not worse than the untuned model; a dense tuned one was not scored.")
     if hidden := _explain_hidden_loss(judged):
         return RunVerdict("As good?", "unknown", hidden)
+    if likely := [row.task for row in rows if row.metric == "nll" and not row.is_headline and row.verdict == "worse"]:
+        words = f"Not worse than the {name} model in {tasks}, beyond two standard errors. But right answers became "
+        return RunVerdict("As good?", "partly", words + f"less likely (NLL per token) in {_named(likely)}.")
     return RunVerdict("As good?", "yes", f"Not worse than the {name} model, beyond two standard errors, in {tasks}.")
+
+
+def has_learnt(evaluations: Mapping[str, Evaluation], name: str) -> bool:
+    """Whether a model is better than the untuned one in a task's own metric or loss, beyond two standard errors.
+
+    An accuracy that one answer for all rows would reach counts for nothing.
+    """
+    rows = metric_rows({"dense": evaluations["dense"], "pruned": evaluations[name]})
+    for row in rows:
+        result = evaluations[name].tasks.get(row.task)
+        if row.verdict != "better" or result is None or result.general or not (row.is_headline or row.metric == "nll"):
+            continue
+        answers = Counter(item.expected for item in result.items)
+        constant = max(answers.values(), default=0) / max(1, len(result.items))
+        if row.metric != "accuracy" or row.scores["pruned"].value > constant:
+            return True
+    return False
+
+
+def _named(tasks: Sequence[str]) -> str:
+    rest = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+    return ", ".join(formatting.truncated(task) for task in tasks[:3]) + rest
 
 
 def _explain_hidden_loss(judged: Sequence[TaskMetricRow]) -> str:
