@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunetune.cli.preview import render_dry_run
 from prunetune.config.fields import merge_mappings
-from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.config.recipe import RunConfig, from_mapping, load_saved_recipe
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.pipeline import prepare, stages
 from prunetune.pipeline.run import run
 from prunetune.plan import Plan
@@ -30,6 +32,7 @@ from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
 from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train.loop import tune_and_prune
+from prunetune.utils.console import SilentConsole
 from support.data import subwords, write_lines
 from support.evaluation import characters, speaker
 
@@ -170,6 +173,30 @@ def test_run_leaves_every_file(layout: str, done: dict[str, Path]) -> None:
         evaluation = Evaluation.from_json((folder / "evaluation" / f"{name}.json").read_text())
         assert set(evaluation.tasks) <= {"choice", "open"}
         assert evaluation.tasks
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_dense_tuned_model_is_kept_as_an_adapter_folder(
+    workspace: Path, done: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path))
+    folder, ids = done["per-layer"], torch.arange(3, 15)[None]
+    on_cpu: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    merged = load_model_and_tokenizer(str(folder / "tuned" / "adapter"), **on_cpu).model
+    dense = AutoModelForCausalLM.from_pretrained(workspace / "dense").eval()
+    with torch.no_grad():
+        untuned = dense(ids).logits
+        by_peft = PeftModel.from_pretrained(dense, folder / "tuned" / "adapter")(ids).logits
+        torch.testing.assert_close(merged(ids).logits, by_peft)
+    assert not torch.allclose(by_peft, untuned, atol=0.01)
+    context = prepare.prepare(load_saved_recipe(folder / "config.yaml"), resume=True, console=SilentConsole())
+    again, scored = (
+        stages.score_model(context, merged),
+        Evaluation.from_json((folder / "evaluation" / "tuned.json").read_text()),
+    )
+    for name, task in scored.tasks.items():
+        for metric, score in task.scores.items():
+            assert again.tasks[name].scores[metric].value == pytest.approx(score.value, nan_ok=True)
 
 
 @layouts

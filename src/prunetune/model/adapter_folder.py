@@ -1,9 +1,10 @@
-"""A folder that holds a LoRA adapter of PEFT, merged into its base once and kept in the cache."""
+"""Folders that hold a LoRA adapter of PEFT: written, and merged into their base once and kept in the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prunetune.errors import ModelError
 from prunetune.model.gguf_import import cache_folder, save_in_cache
 from prunetune.model.loading import load_model_and_tokenizer, load_tokenizer, resolve_model_path
 from prunetune.utils.failures import reading_model_files
-from prunetune.utils.files import sha256
+from prunetune.utils.files import atomic_folder, sha256
 from prunetune.utils.untrusted import parse_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -52,6 +53,23 @@ def merge_adapter_folder(name: str, folder: Path) -> Path:
     if not merged.is_dir():
         _merge(name, base, folder, merged)
     return merged
+
+
+def write_adapter_folder(model: Any, folder: Path, base: str) -> None:
+    """Write the LoRA adapters of a model as a folder that PEFT and this package open; `base` is their model's name."""
+    from peft import PeftConfig
+    from safetensors.torch import save_file
+
+    ((adapter, config),) = model.peft_config.items()
+    config = replace(config, base_model_name_or_path=base, task_type="CAUSAL_LM", inference_mode=True)
+    weights = {
+        f"base_model.model.{name.replace(f'.{adapter}.', '.')}": weight.detach().contiguous()
+        for name, weight in model.named_parameters()
+        if ".lora_" in name
+    }
+    with atomic_folder(folder) as partial:
+        PeftConfig.save_pretrained(config, str(partial))
+        save_file(weights, partial / WEIGHTS_FILE, {"format": "pt"})
 
 
 def _merge(name: str, base: str, folder: Path, merged: Path) -> None:

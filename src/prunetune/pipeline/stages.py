@@ -28,6 +28,7 @@ from prunetune.errors import ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
+from prunetune.model.adapter_folder import write_adapter_folder
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.card_facts import rewrite_card
 from prunetune.pipeline.monitor import ValidationMonitor
@@ -48,7 +49,7 @@ from prunetune.train.schedule import build_schedule, one_cut_schedule
 from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
-from prunetune.utils.files import json_digest, write_text
+from prunetune.utils.files import expand_path, json_digest, write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 from prunetune.utils.untrusted import parse_json
@@ -327,6 +328,10 @@ def load_model(context: RunContext, name: str) -> Any:
         plan = dense_plan(context.sites)
         tune_and_prune(make_job(plain, model, checkpoints, context.console, plan, good_checkpoints=good))
         if not context.ranks.uses_fsdp:  # adapters are not merged into sharded weights
+            adapter = context.folder.dense_tuned_adapter
+            if context.ranks.is_main and plain.config.lora.quantize == "off" and not adapter.exists():
+                path = expand_path(context.config.model)
+                write_adapter_folder(model, adapter, str(path.resolve()) if path.exists() else context.config.model)
             finalize_adapters(model)
         return model
     return context.load_dense().model

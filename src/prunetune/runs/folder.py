@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "tuned"
 
     @property
+    def dense_tuned_adapter(self) -> Path:
+        """The dense tuned model, as an adapter folder of PEFT; not there for a base in 4 bits or sharded weights."""
+        return self.path / "tuned" / "adapter"
+
+    @property
     def latency_table_file(self) -> Path:
         """The latency table by which budgets of time were set, for as long as the run is resumed."""
         return self.path / "latency.json"

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
 
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.evaluation.suites import evaluate_suite, parse_suite
@@ -23,7 +24,9 @@ from prunetune.evaluation.suites.output import render_check, render_evaluation
 from prunetune.evaluation.suites.suite import Suite
 from prunetune.export.gguf.write import write_gguf as write_gguf
 from prunetune.export.source import ExportSource
+from prunetune.model.adapter_folder import write_adapter_folder
 from support.data import subwords, write_lines
+from support.evaluation import speaker
 from support.export import WIDE, plan_of, run_folder
 from support.models import tiny
 from support.suites import ScriptedBackend, model_folder, suite_file, suite_in
@@ -302,7 +305,8 @@ def test_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
     assert [failure["id"] for failure in json.loads((tmp_path / "c.json").read_text())["failures"]] == ["c3"]
 
 
-def test_run_is_checked_against_its_dense_model(tmp_path: Path, say: Said) -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_run_is_checked_against_its_dense_tuned_model_or_its_untuned_one(tmp_path: Path, say: Said) -> None:
     dense, run = model_folder(tmp_path / "dense"), tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump({"model": str(dense), "layout": "uniform"}))
@@ -310,7 +314,13 @@ def test_run_is_checked_against_its_dense_model(tmp_path: Path, say: Said) -> No
     code, _, err = say("check", run, "--suite", suite, "--device", "cpu")
     assert (code, "has no model yet" in err) == (2, True)
     model_folder(run / "model")
-    assert say("check", run, "--suite", suite, "--device", "cpu")[0] == 0
+    code, out, _ = say("check", run, "--suite", suite, "--device", "cpu")
+    assert code == 0
+    assert out.startswith("reference: the untuned dense model: the run has no tuned one")
+    adapted: Any = get_peft_model(speaker(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    write_adapter_folder(adapted.base_model.model, run / "tuned" / "adapter", str(dense))
+    out = say("check", run, "--suite", suite, "--device", "cpu")[1]
+    assert out.startswith("reference: the dense model, tuned on the run's data (")
 
 
 def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Path, say: Said) -> None:

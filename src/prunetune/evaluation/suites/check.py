@@ -71,6 +71,7 @@ class CheckResult:
     failures: tuple[Failure, ...]
     errors: dict[str, str]  # task -> why it could not be judged
     scores: dict[str, dict[str, tuple[float, float]]]  # task -> metric -> the model's and the reference's
+    reference: str = ""  # what the model was compared with
 
     @property
     def broken(self) -> tuple[Verdict, ...]:

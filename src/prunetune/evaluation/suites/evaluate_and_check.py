@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, check_limits
 from prunetune.evaluation.suites.http_client import public_url
-from prunetune.evaluation.suites.open_model import check_can_open, dense_model_of_run, open_backend
+from prunetune.evaluation.suites.open_model import check_can_open, open_backend, reference_of_run
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
 from prunetune.evaluation.suites.scorers import Permission
@@ -49,14 +50,18 @@ def check(
 ) -> CheckResult:
     """Check a model against the suite's limits and a reference model.
 
-    The reference is `against`, else `options.against`, else the dense model of a run. Raises a `PrunetuneError`.
+    The reference is `against`, else `options.against`, else a run's dense tuned model, else its untuned one. Raises a
+    `PrunetuneError`.
     """
     suite = options.open_suite(suite)
-    against = against or options.against or dense_model_of_run(model)
+    against, what = against or options.against, ""
+    if not against:
+        against, what = reference_of_run(model)
     check_can_open(against, options)  # before the model is scored for nothing
     scores = evaluate(model, suite, options=options, allow=allow, progress=progress)
     reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
-    return check_limits(scores, reference, suite)
+    name = f"{what} ({public_url(against)})" if what else public_url(against)
+    return replace(check_limits(scores, reference, suite), reference=name)
 
 
 def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:

@@ -74,6 +74,18 @@ def check_gguf_file(path: Path) -> Path:
     return path
 
 
+def reference_of_run(name: str) -> tuple[str, str]:
+    """A run's reference and what it is: the dense model tuned on the same data, or the untuned one where it has none.
+
+    Raises `ModelError` for what is no run folder.
+    """
+    run = expand_path(name)
+    for folder in (run, run.parent.parent) if read_run_config(run) else ():  # the second for one of several sizes
+        if (adapter := folder / "tuned" / "adapter").is_dir():
+            return str(adapter), "the dense model, tuned on the run's data"
+    return dense_model_of_run(name), "the untuned dense model: the run has no tuned one"
+
+
 def dense_model_of_run(name: str) -> str:
     """The dense model of a run, as the run opened it (a .gguf file is dequantised); raises `ModelError`."""
     run = read_run_config(expand_path(name))

@@ -51,4 +51,6 @@ class EvalOptions:
 class CheckOptions(EvalOptions):
     """The options of `eval`, and those that only `check` has."""
 
-    against: str = option("", "The reference model, named as MODEL is; default: the run's dense model.")
+    against: str = option(
+        "", "The reference model, named as MODEL is; default: the run's dense tuned model, or its untuned one."
+    )

@@ -36,7 +36,8 @@ def render_check(check: CheckResult) -> str:
         for task, metrics in check.scores.items()
         for metric, (score, reference) in metrics.items()
     ]
-    lines = table_lines(("task", "metric", ">model", ">reference"), rows)
+    lines = [f"reference: {check.reference}", ""] if check.reference else []
+    lines += table_lines(("task", "metric", ">model", ">reference"), rows)
     lines += ["", *(f"{'BROKEN' if verdict.broken else 'holds '}  {verdict.says}" for verdict in check.verdicts)]
     lines += [f"ERROR   {task}: {error}" for task, error in check.errors.items()]
     if check.failures:
