@@ -19,11 +19,11 @@ def render_run(folder: Path) -> str:
     if manifest.sizes:
         return _render_sizes(folder, manifest)
     dense, pruned, check = manifest.model, manifest.pruned, manifest.selfcheck
-    removed = share_saved(dense.decoder_params, pruned.decoder_params)
-    percent = "" if removed is None else f"  ({100 * removed:.1f}% removed)"
+    gone = [share_saved(dense.params, pruned.params), share_saved(dense.decoder_params, pruned.decoder_params)]
+    of_all, of_decoder = ("" if share is None else f"  ({100 * share:.1f}% removed)" for share in gone)
     lines = [
-        f"decoder parameters  {_millions(dense.decoder_params, pruned.decoder_params)}{percent}",
-        f"all parameters      {_millions(dense.params, pruned.params)}",
+        f"all parameters      {_millions(dense.params, pruned.params)}{of_all}",
+        f"decoder parameters  {_millions(dense.decoder_params, pruned.decoder_params)}{of_decoder}",
         f"self-check          {check.max_relative:.1e} relative (limit {check.limit:.0e})",
         *_measured_budget_lines(manifest.budgets),
         *_validation_limit_lines(manifest.limits, manifest.validation),

@@ -32,9 +32,12 @@ def summary_line(run: RunFiles, headline: HeadlineScore | None) -> str:
 
 
 def _size_summary(run: RunFiles) -> str:
-    saved = share_saved(run.manifest.model.decoder_params, run.manifest.pruned.decoder_params)
-    if saved is not None:
-        return f"{formatting.share(saved)} smaller decoder"
+    dense, pruned = run.manifest.model, run.manifest.pruned
+    of_decoder = share_saved(dense.decoder_params, pruned.decoder_params)
+    if of_decoder is not None:
+        of_all = share_saved(dense.params, pruned.params)
+        words = f"{formatting.share(of_decoder)} smaller decoder"
+        return words if of_all is None else f"{formatting.share(of_all)} smaller ({words})"
     if run.plan is None:
         return ""
     layers = layers_from_plan(run.plan)
@@ -66,9 +69,9 @@ def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
     dense, pruned = manifest.model, manifest.pruned
     tiles = [
         _quality_tile(headline),
-        _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
         _size_tile("All parameters", dense.params, pruned.params, formatting.short),
         _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
+        _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
         _speed_tile("Decode speed", manifest, "decode"),
         _speed_tile("Prefill speed", manifest, "prefill"),
         _selfcheck_tile(manifest.selfcheck),

@@ -66,6 +66,12 @@ def _size_verdict(manifest: Manifest) -> RunVerdict:
         f"{formatting.share(1 - kept)} of the decoder's parameters are gone: "
         f"{formatting.short(dense)} → {formatting.short(pruned)}."
     )
+    whole, left = manifest.model.params, manifest.pruned.params
+    if whole and left is not None:
+        words = (
+            f"{formatting.share(1 - left / whole)} of all parameters are gone: {formatting.short(whole)} → "
+            f"{formatting.short(left)}. {words}"
+        )
     requested, allowed = manifest.limits.requested_keep, manifest.limits.kept
     if requested is not None and allowed is not None and allowed > requested:
         words += f" {formatting.share(requested)} was asked for; a limit on a score kept {formatting.share(allowed)}."
