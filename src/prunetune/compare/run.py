@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 # With --resume a comparison may get more cells: a cell's file holds everything that defines it.
 EXTENDABLE_OPTIONS = CHANGEABLE_ON_RESUME | {
-    f"compare.{name}" for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "jobs")
+    f"compare.{name}" for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "recipes", "jobs")
 }
 
 

@@ -317,6 +317,13 @@ class CompareConfig:
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")
     variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.", is_path=True)
+    recipes: tuple[str, ...] = option(
+        (),
+        "Further recipes of the same model, data and budget, each a method with the name of its file; also named after "
+        "the first: `prunetune compare a.yaml b.yaml`.",
+        entry_name="recipe",
+        is_path=True,
+    )
     jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ def start_from_recipe(cls: type[Any], values: Mapping[str, Any], recipe: Path, *
                 break
             section[key] = section = dict(inner)
         if name in section:
-            section[name] = _rebased(section[name], folder, option, warns=not is_saved)
+            section[name] = _rebased(section[name], folder, option, is_saved=is_saved)
     return result
 
 
@@ -57,19 +57,22 @@ def _folder_begun_in(run: Path) -> Path:
     return Path()
 
 
-def _rebased(value: Any, folder: Path, option: str, *, warns: bool) -> Any:
+def _rebased(value: Any, folder: Path, option: str, *, is_saved: bool) -> Any:
     if isinstance(value, list):
-        return [_rebased(entry, folder, option, warns=warns) for entry in value]
+        return [_rebased(entry, folder, option, is_saved=is_saved) for entry in value]
     if isinstance(value, Mapping) and "source" in value:
-        return {**value, "source": _rebased(value["source"], folder, option, warns=warns)}
+        return {**value, "source": _rebased(value["source"], folder, option, is_saved=is_saved)}
     path = WEIGHT.sub("", value.strip()) if isinstance(value, str) else ""
     if path in ("", "demo") or path.startswith(("/", "~")):
         return value
     start = glob.escape(str(folder)) if glob.has_magic(path) else str(folder)
+    from_here = os.path.join(start, value.strip())
+    if is_saved:
+        from_here = os.path.relpath(from_here)  # as a recipe in the working folder would name it
     if _exists(os.path.join(start, path)):
-        return os.path.join(start, value.strip())
+        return from_here
     if _exists(path):
-        if warns:
+        if not is_saved:
             log.warning(
                 "%s: %s was found in the working folder, not in the recipe's: the next version looks in %s only",
                 option, path, folder,
@@ -77,7 +80,7 @@ def _rebased(value: Any, folder: Path, option: str, *, warns: bool) -> Any:
         return value
     ending = os.path.splitext(re.split("[:@#]", path)[0])[1]
     may_be_hub_name = HUB_NAME.fullmatch(path) and not ending[1:].isalpha()
-    return value if may_be_hub_name else os.path.join(start, value.strip())
+    return value if may_be_hub_name else from_here
 
 
 def _exists(path: str) -> bool:
