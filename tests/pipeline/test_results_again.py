@@ -176,6 +176,16 @@ def test_exports_of_the_second_result_agree_with_it(second: Second, to: str) -> 
             assert told[0].partition("## History")[2] == told[1].partition("## History")[2]
 
 
+def test_result_is_tuned_again_and_nothing_is_removed(second: Second, tmp_path: Path) -> None:
+    layout = "uniform" if second.origin == "uniform" else "per-layer"
+    again = recipe(second.first.parent, second.first, str(tmp_path / "tuned"), layout=layout, budget={"keep": 1.0})
+    result = run(again) / "model"
+    before, after = opened(second.first).state_dict(), opened(result).state_dict()
+    assert {name: weight.shape for name, weight in before.items()} == {n: weight.shape for n, weight in after.items()}
+    assert not all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert "100.0% of the attention and MLP parameters remain" in (result / "README.md").read_text()
+
+
 def test_eval_check_and_bench_take_the_second_run(
     second: Second, tmp_path: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
