@@ -31,7 +31,8 @@ Every option is a flag too, under its dotted name, and flags win over the recipe
 `prunetune run recipe.yaml --budget.keep 0.5 --data.train a.jsonl --data.train b.csv` (a list repeats its flag;
 a switch takes `=true` or `=false`; underscores may be written as hyphens). An unknown key is refused with the key
 that was probably meant, and a value outside its bounds with the bounds, before anything is read or written. The run
-folder keeps the full recipe as `config.yaml`, which is a recipe itself. Examples: [recipes/](../recipes).
+folder keeps the full recipe as `config.yaml`, which is a recipe itself: its relative paths start where the run was
+begun, so `--resume`, `bench`, `check` and `eval` take the folder from anywhere. Examples: [recipes/](../recipes).
 
 Relative paths in a recipe start from the recipe's folder, except `out`, which starts from the working folder, as paths
 in flags do. If `data.root` is given, sources start from it. In this version a file that is only in the working folder

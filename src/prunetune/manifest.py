@@ -369,6 +369,7 @@ class GainFacts(ManifestPart):
 class Manifest(ManifestPart):
     """All that is known of a run so far, in the order in which a run learns it."""
 
+    begun_in: str | None  # the working folder of the run's command, seen from the run folder: paths start there
     command: str | None = json_key("command", read=_read_command)
     commit: str | None  # this and the next three: of the process that wrote last
     versions: Mapping[str, str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import prunetune.pipeline.run
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import RunFolderError
-from prunetune.runs.folder import RunFolder, check_folder, create_run_folder
+from prunetune.evaluation.suites.open_model import read_run_config
+from prunetune.runs.folder import RunFolder, check_folder, create_run_folder, write_recipe
 
 Said = Callable[..., tuple[int, str, str]]
 
@@ -91,3 +93,47 @@ def test_folder_without_resume_or_without_a_run_is_refused(say: Said, asked: lis
         code, _, error = say(*words)
         assert (code, error.count("\n"), hint in error) == (2, 1, True), error
     assert not asked
+
+
+@pytest.mark.parametrize("out", ["runs/x", "ABSOLUTE/runs/x"])
+def test_run_is_resumed_from_any_working_folder(
+    out: str, say: Said, asked: list[tuple[RunConfig, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths of a saved recipe start where the run was begun, for `bench`, `check` and `eval`, too."""
+    for file in ("work/m/config.json", "work/data/rows.jsonl", "work/v.yaml", "elsewhere/m/config.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path / "work")
+    train = ["data/rows.jsonl*2", "data/*.jsonl", "owner/hub", str(tmp_path / "work/data/rows.jsonl")]
+    values: dict[str, Any] = {"data": {"train": train}, "compare": {"variants": "v.yaml"}}
+    config = begun(out.replace("ABSOLUTE", str(tmp_path)), **values)
+    for folder in ("work", "work/m", "elsewhere", ".", "work"):
+        monkeypatch.chdir(tmp_path / folder)
+        start = os.path.relpath(tmp_path / "work")
+        run = os.path.relpath(tmp_path / "work" / config.out)
+        say("run", "--resume", run)
+        resumed, _ = asked.pop()
+        relative = {path: os.path.relpath(os.path.join(start, path)) for path in ("m", *train[:2], "v.yaml")}
+        assert resumed.data.train == (relative[train[0]], relative[train[1]], *train[2:])
+        assert (resumed.model, resumed.compare.variants) == (relative["m"], relative["v.yaml"])
+        check_folder(resumed, resume=True)
+        assert replace(read_run_config(Path(run)), out=run) == resumed
+        write_recipe(RunFolder(Path(run)), resumed)  # as a comparison that is extended does
+
+
+def test_run_is_resumed_after_it_was_moved_with_or_without_its_data(
+    say: Said, asked: list[tuple[RunConfig, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("work", "with/data"):
+        (tmp_path / work).mkdir(parents=True)
+    monkeypatch.chdir("work")
+    Path("rows.jsonl").touch()
+    begun("runs/x")
+    Path("runs/x").rename(tmp_path / "run")
+    say("run", "--resume", "../run")  # from where its data is
+    (tmp_path / "work").rename(tmp_path / "with/data/work")
+    (tmp_path / "with/data/work/runs/x").mkdir()
+    (tmp_path / "run").rename(tmp_path / "with/data/work/runs/x")
+    monkeypatch.chdir(tmp_path)
+    say("run", "--resume", "with/data/work/runs/x")
+    assert [config.data.train for config, _ in asked] == [("rows.jsonl",), ("with/data/work/rows.jsonl",)]

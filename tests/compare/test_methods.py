@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import prunetune.compare.run
 from prunetune.baselines import BASELINES
 from prunetune.compare.grid import Cell, best_learning_rate, grid_from_config
 from prunetune.compare.methods import built_in_methods, resolve_methods
 from prunetune.config.fields import merge_mappings
-from prunetune.config.recipe import CompareConfig, RunConfig, from_mapping
+from prunetune.config.recipe import CompareConfig, RunConfig, from_mapping, load_recipe
 from prunetune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +85,70 @@ def test_invalid_variant_is_refused_in_one_line(variants: Any, line: str, tmp_pa
         resolve_methods(config_of(tmp_path, variants))
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def write_recipe(file: Path, **values: Any) -> str:
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+def test_further_recipes_are_methods_with_the_names_of_their_files(tmp_path: Path) -> None:
+    """What a recipe leaves out is the default, not the first recipe's."""
+    same = {"data": {"train": str(tmp_path / "rows.jsonl")}, "budget": {"keep": 0.5}}
+    first = from_mapping(
+        merge_mappings(same, {"train": {"steps": 7}, "out": "runs/a", "compare": {"methods": ["progressive"]}})
+    )
+    gates = write_recipe(tmp_path / "gates.yaml", **same, search={"method": "generator"}, device="cpu")
+    slow = write_recipe(tmp_path / "slow.yaml", **same, train={"learning_rate": 1e-5}, compare={"seeds": [4]})
+    config = dataclasses.replace(first, compare=dataclasses.replace(first.compare, recipes=(gates, slow)))
+    methods = {method.name: method for method in resolve_methods(config)}
+    assert list(methods) == ["progressive", "gates", "slow"]
+    for name, path in (("gates", gates), ("slow", slow)):
+        alone = load_recipe(Path(path))
+        rate = methods[name].own_learning_rate or first.train.learning_rate
+        cell_config = Cell(methods[name], 0.5, 0, rate).config(config)
+        assert (cell_config.train, cell_config.search, cell_config.lora) == (alone.train, alone.search, alone.lora)
+        assert (cell_config.device, cell_config.out, cell_config.compare) == (config.device, "runs/a", config.compare)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "line"),
+    [
+        ("b", {"budget": {"keep": 0.4}}, "budget.keep is the same for all methods"),
+        ("b", {"model": "other"}, "model is the same for all methods"),
+        ("b", {"train": {"learning_rate": "auto"}}, "train.learning_rate auto is of one run"),
+        ("taylor", {}, "a variant's name is letters, digits, dots and dashes, and none of"),
+        ("a b", {}, "a variant's name is letters"),
+        ("b", {"tran": {}}, "tran"),
+    ],
+)
+def test_recipe_that_is_no_method_of_the_comparison_is_refused(
+    name: str, values: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path / f"{name}.yaml", **values)
+    config = from_mapping({"compare": {"recipes": [path]}})
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        [method.own_learning_rate for method in resolve_methods(config)]
+    (tmp_path / "more").mkdir()
+    twin = write_recipe(tmp_path / "more" / "c.yaml")
+    twins = from_mapping({"compare": {"recipes": [twin, write_recipe(tmp_path / "c.yaml")]}})
+    with pytest.raises(ConfigError, match="two methods would be called c: rename"):
+        resolve_methods(twins)
+
+
+def test_command_takes_several_recipes_and_no_flags_of_one(
+    tmp_path: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[RunConfig] = []
+    monkeypatch.setattr(prunetune.compare.run, "compare", lambda config, **_: asked.append(config) or 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    paths = [write_recipe(tmp_path / f"{name}.yaml") for name in "abc"]
+    with pytest.raises(ZeroDivisionError):
+        say("compare", *paths, "--compare.seeds", 1, "--out", "runs/x")
+    assert (asked[0].compare.recipes, asked[0].compare.seeds) == (tuple(paths[1:]), (1,))
+    code, _, error = say("compare", *paths, "--train.steps", 9, "--budget.keep", 0.3)
+    assert (code, error.count("\n"), len(asked)) == (2, 1, 1)
+    assert "flags of budget, train would change the first of several recipes only" in error
 
 
 def test_cell_config_is_the_recipe_with_grid_values_and_overrides(tmp_path: Path) -> None:

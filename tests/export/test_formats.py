@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prunetune import Plan, export_run
+from prunetune import Plan, cut, export_run, find_sites
+from prunetune.config.recipe import UnitName
 from prunetune.errors import ConfigError, ModelError, PlanError, SelfCheckFailed
 from prunetune.export import convert
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.result import ExportOptions
 from prunetune.export.selfcheck import SelfCheck, compute_logits
 from prunetune.model.checksums import verify_checksums, write_checksums
+from prunetune.pruning.units import dense_plan
 from support.data import subwords
 from support.export import WIDE, run_folder
 from support.models import random_plan, relative, tiny
@@ -69,6 +73,23 @@ def test_padding_fills_a_skipped_attention(tmp_path: Path) -> None:
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
     result = export_run(run, "uniform", options=ExportOptions(pad=True))
+    assert relative(logits_of(result.path), compute_logits(model, IDS)) <= 1e-5
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("layers", [(1,), range(4)], ids=["one", "all"])
+@pytest.mark.parametrize("block", ["attention-blocks", "mlp-blocks"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_padding_fills_removed_blocks(family: str, block: UnitName, layers: Iterable[int], tmp_path: Path) -> None:
+    """Also where they are no module of their own, or of units that cannot be pruned singly."""
+    model = tiny(family, layers=4, vocab_size=320)
+    sites = find_sites(model, (block,))
+    plan = dense_plan(sites)
+    plan = Plan({**plan.kept, **{site.name: () for site in sites if site.layer in layers}}, plan.units)
+    write_checkpoint(
+        cut(model, plan, sites=sites), subwords(), plan, sites, tmp_path / "m", layout="per-layer", card=""
+    )
+    result = export_run(tmp_path / "m", "uniform", options=ExportOptions(pad=True))
     assert relative(logits_of(result.path), compute_logits(model, IDS)) <= 1e-5
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.open_model import check_gguf_file, list_run_sizes, read_run_config, resolve_checkpoint
+from prunetune.model.history import read_history
 from prunetune.model.loading import load_config, resolve_model_path
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import import_optional
@@ -58,7 +59,8 @@ def _dense_models(models: Sequence[str], options: BenchOptions) -> Iterator[Mode
         run = read_run_config(expand_path(name))
         if run is not None:
             trust = options.trust_remote_code
-            yield ModelSpec(f"{run.model} (dense)", resolve_model_path(run.model), trust_remote_code=trust)
+            what = "before the run" if read_history(run.model) else "dense"
+            yield ModelSpec(f"{run.model} ({what})", resolve_model_path(run.model), trust_remote_code=trust)
 
 
 def _check_context(model: ModelSpec, options: BenchOptions) -> None:

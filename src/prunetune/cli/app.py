@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 import typing
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -140,7 +141,7 @@ def _print_run(folder: Path) -> None:
 def compare(
     recipe: UserPath,
     /,
-    *,
+    *others: UserPath,
     resume: Annotated[bool, Parameter(negative=(), help="Resume a comparison that was stopped, or extend it.")] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
@@ -150,10 +151,20 @@ def compare(
     ----------
     recipe
         A YAML file of options; its section `compare` says what is compared. With --resume, its folder is enough.
+    others
+        Further recipes of the same model, data and budget: rows of the same table, by the names of their files.
     """
+    from prunetune.compare.methods import NOT_OF_A_METHOD
     from prunetune.compare.run import compare as run_comparison
 
     config = _read_config(recipe, flags, resume=resume)
+    recipes = (*config.compare.recipes, *map(str, others))
+    config = replace(config, compare=replace(config.compare, recipes=tuple(dict.fromkeys(recipes))))
+    if recipes and (changes := flags_to_overrides(flags).keys() - NOT_OF_A_METHOD):
+        raise ConfigError(
+            f"flags of {', '.join(sorted(changes))} would change the first of several recipes only: say it in the "
+            f"recipes; flags of {', '.join(NOT_OF_A_METHOD)} count for all"
+        )
     folder = run_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     _print((folder / "table.md").read_text(encoding="utf-8"))
     _print(f"page {folder / 'comparison.html'}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from prunetune.baselines import BASELINES
 from prunetune.config.fields import fields_by_path, with_current_names
-from prunetune.config.recipe import RunConfig, from_mapping, merge_options, to_mapping
+from prunetune.config.recipe import RunConfig, from_mapping, load_recipe, merge_options, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
 from prunetune.utils.files import expand_path
@@ -31,6 +31,8 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VARIANT_OPTIONS = (
     "search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "layout", "data.distill_texts",
 )  # fmt: skip
+
+NOT_OF_A_METHOD = ("out", "device", "report_to", "trust_remote_code", "compare")  # of further recipes not read
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     if config.lora.quantize != "off":
         raise ConfigError(f"compare: {NO_QUANTIZE}")
     variants = read_variants(expand_path(config.compare.variants), config) if config.compare.variants else {}
+    variants |= read_recipes(config, taken=variants)
     known = {**built_in_methods(config.compare.help), **variants}
     names = dict.fromkeys(config.compare.methods)
     if OLD_REFERENCE in names and OLD_REFERENCE not in known:
@@ -103,6 +106,29 @@ def read_variants(path: Path, config: RunConfig) -> dict[str, Method]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: variants map names to changes of the recipe, this is a {type(values).__name__}")
     return {str(name): _variant(str(name), changes, f"{path}: {name}", config) for name, changes in values.items()}
+
+
+def read_recipes(config: RunConfig, taken: Collection[str] = ()) -> dict[str, Method]:
+    """Each of `compare.recipes` as a variant: what it says otherwise than `config`, but for options `NOT_OF_A_METHOD`.
+
+    Raises `ConfigError`.
+    """
+    methods: dict[str, Method] = {}
+    own = {name: to_mapping(config)[name] for name in NOT_OF_A_METHOD}
+    for path in map(expand_path, config.compare.recipes):
+        if path.stem in {*taken, *methods}:
+            raise ConfigError(f"compare.recipes: two methods would be called {path.stem}: rename {path}")
+        changes = _differences(to_mapping(config), to_mapping(load_recipe(path)) | own)
+        methods[path.stem] = _variant(path.stem, changes, str(path), config)
+    return methods
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _differences(before[name], value) if isinstance(value, Mapping) else value
+        for name, value in after.items()
+        if value != before[name]
+    }
 
 
 def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:

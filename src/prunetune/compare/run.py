@@ -13,7 +13,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-import yaml
 from torch.nn.attention import sdpa_kernel
 
 from prunetune.compare.cell import CellRunner, Interrupted
@@ -22,14 +21,14 @@ from prunetune.compare.markdown import render_markdown
 from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_methods
 from prunetune.compare.page import write_page
 from prunetune.compare.table import aggregate
-from prunetune.config.recipe import RunConfig, to_mapping
+from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import Console, RunContext, prepare, resolve_auto
 from prunetune.pipeline.recording import record_origin
-from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock
+from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock, write_recipe
 from prunetune.search.select import select
 from prunetune.utils import environment
 from prunetune.utils.capture_lock import CAPTURE_LOCK
@@ -43,7 +42,7 @@ log = logging.getLogger(__name__)
 
 # With --resume a comparison may get more cells: a cell's file holds everything that defines it.
 EXTENDABLE_OPTIONS = CHANGEABLE_ON_RESUME | {
-    f"compare.{name}" for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "jobs")
+    f"compare.{name}" for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "recipes", "jobs")
 }
 
 
@@ -74,7 +73,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         context.folder.path.mkdir(parents=True, exist_ok=True)
         with run_lock(context.folder):
             # First: with it, the folder can be resumed.
-            write_text(context.folder.path / "config.yaml", yaml.safe_dump(to_mapping(context.recipe), sort_keys=False))
+            write_recipe(context.folder, context.recipe)
             (context.folder.path / "cells").mkdir(exist_ok=True)
             record_origin(context, command)
             cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()

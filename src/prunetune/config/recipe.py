@@ -317,6 +317,13 @@ class CompareConfig:
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")
     variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.", is_path=True)
+    recipes: tuple[str, ...] = option(
+        (),
+        "Further recipes of the same model, data and budget, each a method with the name of its file; also named after "
+        "the first: `prunetune compare a.yaml b.yaml`.",
+        entry_name="recipe",
+        is_path=True,
+    )
     jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
 
     def __post_init__(self) -> None:
@@ -436,9 +443,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
     values, overrides = (with_current_names(RunConfig, mapping) for mapping in (values, overrides or {}))
-    sections = [mapping.get("data") for mapping in (values, overrides)]
-    has_root = any(isinstance(data, Mapping) and data.get("root") for data in sections)
-    values = start_from_recipe(RunConfig, values, path, has_root=has_root)
+    values = start_from_recipe(RunConfig, values, path, has_root=_has_root(values) or _has_root(overrides))
     return from_mapping(merge_options(values, overrides), where=str(path))
 
 
@@ -451,9 +456,16 @@ def merge_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 
 
 def load_saved_recipe(file: Path) -> RunConfig:
-    """Read the recipe that a run folder keeps; raises `ConfigError`."""
+    """Read the recipe that a run folder keeps, with paths as the working folder sees them; raises `ConfigError`."""
     values = read_yaml(file, "this run's recipe", "put it back, or name another run") or {}
-    return from_mapping(with_current_names(RunConfig, values, quiet=True), where=str(file))
+    values = with_current_names(RunConfig, values, quiet=True)
+    if isinstance(values, Mapping):
+        values = start_from_recipe(RunConfig, values, file, has_root=_has_root(values))
+    return from_mapping(values, where=str(file))
+
+
+def _has_root(values: Mapping[str, Any]) -> bool:
+    return isinstance(values.get("data"), Mapping) and bool(values["data"].get("root"))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:

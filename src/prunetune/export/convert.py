@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def padded_config(source: ExportSource) -> Any:
     kv_groups = max(layer.kv_heads for layer in source.layer_widths)
     while UnitKind.KV_GROUP in kinds and not kv_groups_validator(config)(kv_groups):
         kv_groups += 1  # ends at the dense width, which is valid
-    channels = max(layer.mlp_channels for layer in source.layer_widths)
+    channels = max(layer.mlp_channels for layer in source.layer_widths) or None  # without any MLP: as before
     return shrink_config(
         config, kv_groups if UnitKind.KV_GROUP in kinds else None, channels if UnitKind.MLP_CHANNEL in kinds else None
     )
@@ -111,16 +112,15 @@ def _write_padded(source: ExportSource, padded: Any, path: Path, dtype: torch.dt
         assert site.consumer is not None  # sites of these two kinds have one
         for linear, side in (*((linear, ROWS) for linear in site.producers), (site.consumer, COLUMNS)):
             for name in (f"{linear.module}.weight", f"{linear.module}.bias"):
-                if name in shapes and not (side == COLUMNS and name.endswith("bias")):
+                if name in state and not (side == COLUMNS and name.endswith("bias")):
                     axis = stored_axis(padded.get_submodule(linear.module), side) if name.endswith("weight") else ROWS
-                    stored = state.get(name)
-                    full = torch.zeros(shapes[name], dtype=torch.float32 if stored is None else stored.dtype)
-                    if stored is not None:  # in the first units, zeros in the others
-                        full.index_copy_(axis, linear.indices(range(kept), site.units), stored)
-                    state[name] = full.to(dtype)
-        if not kept:  # the block's other tensors, such as norms of heads, are multiplied by zero
-            block = f"{site.name}."
-            state |= {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name.startswith(block)}
+                    full = torch.zeros(shapes[name], dtype=dtype)  # but for the first units
+                    state[name] = full.index_copy_(axis, linear.indices(range(kept), site.units), state[name])
+    layers = source.config_json["per_layer_config"].items()
+    losers = "|".join(str(int(number)) for number, layer in layers if layer.get("skip"))
+    for name in shapes.keys() - state.keys():
+        if losers and re.search(rf"\.({losers})\.", name):  # of a removed block, which stores nothing: it adds zeros
+            state[name] = torch.zeros(shapes[name], dtype=dtype)
     missing, _ = padded.load_state_dict(state, assign=True, strict=False)
     padded.tie_weights()
     if without_weights := [name for name in missing if padded.get_parameter(name).is_meta]:

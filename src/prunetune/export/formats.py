@@ -18,6 +18,7 @@ from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
 from prunetune.model.checksums import write_checksums
 from prunetune.model.config_checks import is_multimodal
+from prunetune.model.history import HISTORY_FILE
 from prunetune.utils.files import PARTIAL, expand_path, explain_write_errors, require_disk_space, write_text
 
 # Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another
@@ -89,6 +90,8 @@ def export_run(
                     description = f"{to}, {result.dtype}, {result.bytes / 1e6:,.1f} MB"
                     text = format_export_card(card.read_text(encoding="utf-8"), to, description)
                     write_text(partial / card.name, text)
+                if (source.folder / HISTORY_FILE).is_file():
+                    shutil.copyfile(source.folder / HISTORY_FILE, partial / HISTORY_FILE)
                 write_checksums(partial)
             partial.rename(path)
         finally:

@@ -15,7 +15,7 @@ from prunetune.manifest import Manifest
 from prunetune.model.history import PruningRun
 from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, UnitKind, effective_layout, kept_params
+from prunetune.pruning.units import Site, UnitKind, kept_params
 from prunetune.utils.untrusted import markdown_code, markdown_text
 
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
@@ -28,7 +28,6 @@ from transformers import AutoTokenizer
 session = onnxruntime.InferenceSession("PATH/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
-MODEL_TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
 UNKNOWN_LICENSE = LicenseInfo()
 UNPUBLISHED_OPTIONS = ("out", "device", "data.root")  # they describe the machine of the run, not the model
 
@@ -53,10 +52,17 @@ class Provenance:
     recipe_sha256: str = ""  # of the run's config.yaml
     history: Sequence[PruningRun] = ()  # the runs that pruned the model, this one last
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """What tables call the models of the run: the result of an earlier one is not dense."""
+        start = "before this run" if len(self.history) > 1 else "dense"
+        return {"dense": start, "tuned": f"{start}, tuned", "pruned": "this model"}
+
 
 def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     """README.md of the model folder: where the model comes from, what was removed, its scores, how to open it."""
-    usage = _usage_section(_written_layout(provenance, sites))
+    layouts = [provenance.config.layout, *(run.layout for run in provenance.history)]
+    usage = _usage_section(layouts[-1])
     if any(f".{part}." in sites[0].name for part in ("language_model", "text_model")):  # inside a multimodal model
         usage = usage.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
     sections = [
@@ -65,22 +71,12 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         _summary(provenance, plan, sites),
         usage,
         _history_section(provenance.history),
-        _size_section(provenance.manifest),
-        _score_section(provenance.scores, provenance.manifest),
+        _size_section(provenance),
+        _score_section(provenance),
         _provenance_section(provenance),
         _licence_section(provenance.licence),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def _written_layout(provenance: Provenance, sites: Sequence[Site]) -> str:
-    """The layout of the folder: of a model whose layers differ already, per-layer."""
-    before = provenance.history[:-1]
-    return (
-        "per-layer"
-        if before and before[-1].layout == "per-layer"
-        else effective_layout(provenance.config.layout, sites)
-    )
 
 
 def _history_section(history: Sequence[PruningRun]) -> str:
@@ -141,8 +137,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
 ```{f"{chr(10)}{chr(10)}{REMOTE_CODE_NOTE}" if code else ""}"""
 
 
-def _size_section(manifest: Manifest) -> str:
-    dense, pruned = manifest.model, manifest.pruned
+def _size_section(provenance: Provenance) -> str:
+    dense, pruned = provenance.manifest.model, provenance.manifest.pruned
     if dense.bytes is None or pruned.bytes is None:
         return ""
     rows = [
@@ -155,14 +151,15 @@ def _size_section(manifest: Manifest) -> str:
         for title, before, after, unit in rows
         if before is not None and after is not None
     ]
-    return "\n".join(["## Size", "", "| | dense | this model |", "|---|---:|---:|", *lines])
+    return "\n".join(["## Size", "", f"| | {provenance.titles['dense']} | this model |", "|---|---:|---:|", *lines])
 
 
-def _score_section(scores: Sequence[ScoreRow], manifest: Manifest) -> str:
+def _score_section(provenance: Provenance) -> str:
+    scores, titles, manifest = provenance.scores, provenance.titles, provenance.manifest
     if not scores:
         return ""
-    names = [name for name in MODEL_TITLES if any(name in row.scores for row in scores)]
-    head = ["| task | metric | items |" + "".join(f" {MODEL_TITLES[name]} |" for name in names)]
+    names = [name for name in titles if any(name in row.scores for row in scores)]
+    head = ["| task | metric | items |" + "".join(f" {titles[name]} |" for name in names)]
     head.append("|---|---|---:|" + "---:|" * len(names))
     lines = [
         f"| {markdown_text(row.task)} | {markdown_text(row.metric)} | {max(n for *_, n in row.scores.values())} |"

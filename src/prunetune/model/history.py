@@ -34,15 +34,25 @@ def read_history(model: str) -> tuple[PruningRun, ...]:
 
     Raises `ModelError` for a file that does not say so.
     """
-    folder = expand_path(model)
-    file: Path | None = folder / HISTORY_FILE if folder.is_dir() else cached_hub_file(model, HISTORY_FILE)
-    if file is None or not file.is_file():
+    if (file := _local_file(model, HISTORY_FILE)) is None:
         return ()
     with reading_model_files(f"model {model}: {HISTORY_FILE}", "put it back, or remove it"):
         return tuple(
             PruningRun(**{name: kind(run[name]) for name, kind in KINDS.items()})
             for run in parse_json(file.read_bytes())
         )
+
+
+def has_per_layer_config(model: str) -> bool:
+    """Whether the layers of the model differ already; False where it is not in a folder or the cache."""
+    file = _local_file(model, "config.json")
+    return file is not None and "per_layer_config" in parse_json(file.read_bytes(), nan=True)
+
+
+def _local_file(model: str, name: str) -> Path | None:
+    folder = expand_path(model)
+    file = folder / name if folder.is_dir() else cached_hub_file(model, name)
+    return file if file and file.is_file() else None
 
 
 def format_history(runs: Sequence[PruningRun]) -> str:

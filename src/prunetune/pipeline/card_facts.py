@@ -8,10 +8,10 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Evaluation, headline_metric
 from prunetune.export.model_card import Provenance, ScoreRow, format_model_card
-from prunetune.model.history import PruningRun, read_history
+from prunetune.model.history import PruningRun, has_per_layer_config, read_history
 from prunetune.model.license import read_license
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, kept_params
+from prunetune.pruning.units import Site, effective_layout, kept_params
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import sha256, write_text
 
@@ -37,7 +37,7 @@ def pruning_history(folder: RunFolder, config: RunConfig, plan: Plan, sites: Seq
     recipe, dense_params = folder.path / "config.yaml", folder.read_manifest().model.params or 0
     run = PruningRun(
         model=config.model,
-        layout=config.layout,
+        layout="per-layer" if has_per_layer_config(config.model) else effective_layout(config.layout, sites),
         kept=kept_params(sites, plan) / sum(site.params for site in sites),
         params=dense_params - sum(site.params for site in sites) + kept_params(sites, plan),
         steps=config.train.steps,

@@ -190,11 +190,17 @@ def flatten_options(values: JsonObject, prefix: str = "") -> JsonObject:
     return flat
 
 
+def write_recipe(folder: RunFolder, config: RunConfig) -> None:
+    """Write config.yaml, and into the manifest where its relative paths start: the working folder, seen from there."""
+    write_text(folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+    folder.update_manifest(begun_in=os.path.relpath(os.getcwd(), folder.path.resolve()))
+
+
 def create_run_folder(folder: RunFolder, config: RunConfig) -> None:
     """Make the folder and write the recipe, unless they are there."""
     folder.path.mkdir(parents=True, exist_ok=True)
     if not (folder.path / "config.yaml").exists():  # first: with it, the folder can be resumed
-        write_text(folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+        write_recipe(folder, config)
     (folder.path / "evaluation").mkdir(exist_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
 
