@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ Q, A = "Which part?", "heart"
 USER, ASSISTANT = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
 CHAT = [USER, ASSISTANT]
 SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"sign": 0}}}
+CALLED = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, ASSISTANT]
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
 PARTS = ["heart", "liver", "lung"]
 LISTED = {"label": ["A", "B", "C"], "text": PARTS}
@@ -64,6 +67,8 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"question": Q, "answer": A}, pair(), "question/answer rows; prompt from question, completion from answer"),
     ({"Question ": Q, "Answer": A}, pair(), "question/answer rows; prompt from question, completion from answer"),
+    ({"instruction": Q, "input": math.nan, "output": A}, pair(), "alpaca rows"),
+    ({"Instruction": "Name it.", "Input": Q, "Output": A}, pair(f"Name it.\n{Q}\n"), "alpaca rows"),
     ({"question": Q, "answer": 4.0}, pair(completion="4"), "question/answer rows; prompt from question, "),
     ({"question": f"{Q} ", "answer": A}, pair(f"{Q} "), "question/answer rows"),
     (
@@ -139,7 +144,37 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"messages": CHAT},
         "messages rows",
     ),
+    ({"messages": json.dumps([json.dumps(USER), json.dumps(ASSISTANT)])}, {"messages": CHAT}, "messages rows"),
+    ({"messages": [{"role": "User", "value": Q}, {"role": "Assistant", "value": A}]}, {"messages": CHAT}, "messages"),
+    ({"messages": [{"role": "user", "content": {"type": "text", "text": Q}}, ASSISTANT]}, {"messages": CHAT}, "mess"),
+    (
+        {"conversations": [{"from": "user", "value": [{"type": "text", "text": Q}]}, {"from": "chatgpt", "value": A}]},
+        {"messages": CHAT},
+        "sharegpt rows",
+    ),
+    ({"messages": CALLED}, {"messages": CALLED}, "messages rows"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}, ASSISTANT]},
+        {"messages": CALLED},
+        "messages rows",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}, ASSISTANT],
+         "functions": [TOOLS[0]["function"]]},
+        {"messages": CALLED, "tools": TOOLS},
+        "messages rows; tools from functions",
+    ),
+    ({"messages": CHAT, "tools": [json.dumps(TOOLS[0])]}, {"messages": CHAT, "tools": TOOLS}, "messages rows"),
+    ({"messages": CHAT, "tools": TOOLS[0]}, {"messages": CHAT, "tools": TOOLS}, "messages rows"),
+    ({"instruction": Q, "output": A, "tools": TOOLS}, {"messages": CHAT, "tools": TOOLS}, "alpaca rows; prompt from"),
     ({"prompt": [USER], "completion": [ASSISTANT]}, {"messages": CHAT}, "prompt/completion rows"),
+    ({"prompt": USER, "completion": ASSISTANT}, {"messages": CHAT}, "prompt/completion rows"),
+    (
+        {"prompt": [{"from": "human", "value": Q}], "completion": [{"from": "gpt", "value": A}]},
+        {"messages": CHAT},
+        "prompt/completion rows",
+    ),
+    ({"question": [USER], "answer": A}, {"messages": CHAT}, "question/answer rows"),
     ({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, {"messages": CHAT}, "prompt/completion"),
     ({"prompt": [SYSTEM, USER], "completion": A}, {"messages": [SYSTEM, *CHAT]}, "prompt/completion rows"),
     ({"prompt": Q, "completion": A, "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}, "prompt/completion rows"),
@@ -161,6 +196,16 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "choices rows; prompt from question, answer from answerkey",
     ),
     ({"question": Q, "choices": {"label": ["1", "2", "3"], "text": PARTS}, "answerKey": "2"}, options(), "choices"),
+    ({"question": Q, "choices": {"label": ["1", "2", "3"], "text": PARTS}, "answerKey": 2.0}, options(), "choices"),
+    ({"question": Q, "options": {"1": "heart", "2": "liver"}, "answer": 2.0}, options(1, choices=PARTS[:2]), "choices"),
+    ({"question": Q, "choices": {"label": ["A ", "B ", "C "], "text": PARTS}, "answerKey": "B"}, options(), "choices"),
+    ({"question": Q, "choices": PARTS, "correct_answer": "B"}, options("B"), "choices rows"),  # type: ignore[arg-type]
+    (
+        {"question": Q, "options": [{"key": "A", "value": "heart"}, {"key": "B", "value": "liver"}], "answer_idx": "B"},
+        options(1, choices=PARTS[:2]),
+        "choices rows; prompt from question, choices from options, answer from answer_idx",
+    ),
+    ({"question": Q, "opa": "a", "opb": "b", "opc": math.nan, "cop": 1.0}, options(1, choices=["a", "b"]), "choices"),
     (
         {"question": {"stem": Q, "choices": [{"text": t, "label": n} for t, n in zip(PARTS, "ABC", strict=True)]},
          "answerKey": "B"},

@@ -139,7 +139,7 @@ BROKEN = [
     ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl:2: row is \[1\]"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
     ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2: row has txt; it needs"),
-    ("a.jsonl", b'{"text": NaN}\n', r"a\.jsonl:1: text must be text, got nan"),
+    ("a.jsonl", b'{"text": [NaN]}\n', r"a\.jsonl:1: text must be text, got \[nan\]"),
     ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not valid JSON \(it is nested too deeply\)"),
     ("a.jsonl", b"\n \n", r"a\.jsonl: empty"),
     ("a.jsonl", b"", r"a\.jsonl: empty"),

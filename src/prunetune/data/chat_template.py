@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, product
 from typing import Any, Literal, TypeVar
 
-from prunetune.data.records import Message, Record
+from prunetune.data.records import Message, Record, count_bad_rows
 from prunetune.errors import DataError
 from prunetune.utils.deadline import RENDER_SECONDS, call_within
 from prunetune.utils.untrusted import parse_json
@@ -22,6 +23,7 @@ ROWS_RENDERED_AT_ONCE = 5  # a chat takes a rendering for each answer
 PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL_FIELDS, REASONING_FIELDS = ("tools", "tool_calls"), ("reasoning_content", "reasoning", "thinking")
+OTHER_ROLES = ("system", "developer", "tool")
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Chat:
         return cls(turns, tools, tuple(message.has_loss for message in messages), record.source)
 
     def without(self, field: str) -> Chat:
-        """The chat without its tools, or without a field of its messages."""
-        messages = ({key: value for key, value in message.items() if key != field} for message in self.messages)
+        """The chat without its tools, a field of its messages, or the messages of a role."""
+        kept = (message for message in self.messages if message["role"] != field)
+        messages = ({key: value for key, value in message.items() if key != field} for message in kept)
         return replace(self, messages=tuple(messages), tools=() if field == "tools" else self.tools)
 
 
@@ -57,7 +60,7 @@ class RenderedChat:
     loss: list[Span]  # characters of `prompt` that carry loss, in order
     answer: str  # to be tokenised apart, as a model answers; it carries loss
     lacks_end: bool  # the template writes no end after the answer
-    unread: tuple[str, ...]  # fields of reasoning that the template does not write
+    unread: tuple[str, ...]  # names, fields of reasoning and roles that the template does not write
 
 
 @dataclass(frozen=True)
@@ -190,10 +193,11 @@ def _find_answer(tokenizer: Any, chat: Chat, text: str, index: int, limit: int, 
 
 
 def _unread_fields(tokenizer: Any, chat: Chat, text: str, *, generate: bool = False) -> tuple[str, ...]:
-    """Fields of reasoning without which the text is the same; raises `DataError` if it is without tools."""
-    fields = {key for message in chat.messages for key in message} | ({"tools"} if chat.tools else set())
+    """Fields and roles without which the text is the same; raises `DataError` if it is without tools."""
+    fields = {key for message in chat.messages for key in (*message, message["role"])}
+    fields |= {"tools"} if chat.tools else set()
     unread = []
-    for field in (*TOOL_FIELDS, *REASONING_FIELDS):
+    for field in (*TOOL_FIELDS, *REASONING_FIELDS, "name", *OTHER_ROLES):
         try:
             if field in fields and _render(tokenizer, chat.without(field), generate=generate)[0] == text:
                 unread.append(field)
@@ -201,24 +205,39 @@ def _unread_fields(tokenizer: Any, chat: Chat, text: str, *, generate: bool = Fa
             continue
     if dropped := [field for field in unread if field in TOOL_FIELDS]:
         raise DataError(
-            f"{chat.source}: the tokenizer's chat template does not write {' and '.join(dropped)}; take a model whose "
-            "template knows tools, or remove these rows"
+            f"{chat.source}: the tokenizer's chat template does not write {' and '.join(dropped)}; write what they "
+            "say into the messages (tools into a system message), take a model whose template knows tools, or remove "
+            "these rows"
         )
     return tuple(unread)
 
 
 def _within_time(render: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`render` of each record or chat; some at a time, as a template's loops may have no end."""
+    """`render` of each record or chat; some at a time, as a template's loops may have no end.
+
+    Raises `DataError` for all that `render` refuses.
+    """
     results: list[R] = []
+    refused: list[DataError] = []
+
+    def attempt(item: T) -> list[R]:
+        try:
+            return [render(item)]
+        except DataError as wrong:
+            refused.append(wrong)
+            return []
+
     for start in range(0, len(items), ROWS_RENDERED_AT_ONCE):
         batch = items[start : start + ROWS_RENDERED_AT_ONCE]
         try:
-            results += call_within(RENDER_SECONDS, partial(list, map(render, batch)))
+            results += call_within(RENDER_SECONDS, lambda batch=batch: [*chain.from_iterable(map(attempt, batch))])
         except TimeoutError as endless:
             raise DataError(
                 f"{batch[0].source}: the tokenizer's chat template does not come to an end ({endless}): correct it, or "
                 "set data.template=raw"
             ) from endless
+    if refused:
+        raise DataError(f"{refused[0]} ({count_bad_rows(refused, len(items))})" if refused[1:] else str(refused[0]))
     return results
 
 
@@ -242,28 +261,39 @@ def _render(tokenizer: Any, chat: Chat, *, generate: bool = False) -> tuple[str,
         )  # fmt: skip
         return text, marked[0] if marked else []
 
-    try:
-        # As transformers' `apply_chat_template`: a field without value is no field.
-        turns = [_with_parsed_arguments(message) for message in chat.messages]
-        return apply([{key: value for key, value in turn.items() if value is not None} for turn in turns])
-    except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as refused:
-        if any(message["content"] is None for message in chat.messages):  # many a template adds contents up
-            texts = tuple({**message, "content": message["content"] or ""} for message in chat.messages)
-            return _render(tokenizer, replace(chat, messages=texts), generate=generate)
-        reason = " ".join(str(refused).split())[:200]
-        raise DataError(
-            f"{chat.source}: the tokenizer's chat template refuses these messages ({reason}); "
-            "correct the roles and their order, or set data.template=raw"
-        ) from refused
-
-
-def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with arguments of tool calls as objects, as templates expect them, where they are JSON text."""
-
-    def parsed(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Most templates want the arguments of a call as objects, DeepSeek's as text; many a template adds contents up.
+    reasons = []
+    for as_text, empty in product((False, True), (None, "")):
+        turns = [_as_template_reads(message, as_text=as_text, empty=empty) for message in chat.messages]
         try:
-            return {**call, "function": {**call["function"], "arguments": parse_json(call["function"]["arguments"])}}
-        except (KeyError, TypeError, ValueError, AttributeError):  # objects already
+            return apply(turns)
+        except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as refused:
+            reasons.append(" ".join(str(refused).split())[:200])
+    raise DataError(
+        f"{chat.source}: the tokenizer's chat template refuses these messages ({reasons[0]}); "
+        "correct the roles and their order, or set data.template=raw"
+    )
+
+
+def _as_template_reads(message: Mapping[str, Any], *, as_text: bool, empty: str | None) -> dict[str, Any]:
+    """The message with arguments of tool calls as objects or JSON text, and reasoning under each name for it.
+
+    As with transformers' `apply_chat_template`, a field without value is no field.
+    """
+
+    def rewritten(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            arguments = call["function"]["arguments"]
+            is_text = isinstance(arguments, str)
+            if is_text != as_text:
+                arguments = parse_json(arguments) if is_text else json.dumps(arguments, ensure_ascii=False)
+            return {**call, "function": {**call["function"], "arguments": arguments}}
+        except (KeyError, TypeError, ValueError):
             return call
 
-    return {**message, "tool_calls": list(map(parsed, message["tool_calls"]))} if "tool_calls" in message else message
+    turn = {**message, "content": empty if message["content"] is None else message["content"]}
+    if "tool_calls" in turn:
+        turn["tool_calls"] = list(map(rewritten, turn["tool_calls"]))
+    reasoning = next((turn[key] for key in REASONING_FIELDS if turn.get(key) is not None), None)
+    turn = {"thinking": reasoning, "reasoning_content": reasoning} | turn  # as 5.23 does, not 5.17
+    return {key: value for key, value in turn.items() if value is not None}

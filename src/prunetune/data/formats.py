@@ -118,7 +118,7 @@ def _delimiter(text: str, suffix: str) -> str:
     first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
     if len(first) == 5 and first.startswith("sep="):  # Excel's own
         return first[4]
-    marks = "\t,;" if suffix == ".tsv" else ",;\t"
+    marks = "\t,;|" if suffix == ".tsv" else ",;\t|"
     return max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), ())))
 
 
@@ -154,7 +154,7 @@ def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Any:
     row: dict[str, Any] = {name: cell or None for name, cell in zip_longest(header, cells) if name or cell}
     for name in NESTED & set(row):
         try:
-            row[name] = row[name] and parse_json(row[name], nan=True, surrogates=True)
+            row[name] = row[name] and parse_json(row[name], nan=True, surrogates=True, unique_keys=True)
         except ValueError as broken:
             reason = getattr(broken, "msg", broken)
             return DataError(f"{where}: column {name}: not valid JSON ({reason}); in a table it holds a JSON list")

@@ -15,7 +15,8 @@ from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
 RecordKind = Literal["completion", "chat", "text"]
 FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
-LOSS_FIELDS = ("weight", "train", "loss_weight")  # of a message: OpenAI's, and what other trainers call it
+SHOWN_BAD_ROWS = 3
+LOSS_FIELDS = ("weight", "train", "loss_weight", "loss")  # of a message: OpenAI's, and what other trainers call it
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Record:
 
 def _normalise_text(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+def count_bad_rows(bad: Sequence[DataError], total: int) -> str:
+    """How many rows are bad, and what is wrong with the next few after the first."""
+    others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:SHOWN_BAD_ROWS])
+    return f"{len(bad):,} of {total:,} rows cannot be used{others and f', also {others}'}"
 
 
 def record_from_row(
@@ -272,6 +279,7 @@ def _same_text(text: str, choices: tuple[str, ...]) -> int | None:
 def _check_answer_unambiguous(fields: Mapping[str, Any]) -> None:
     """Raises `DataError` if digits are the text of one choice and the index of another, and no completion decides."""
     value: Any = fields.get("answer")
+    value = value.removesuffix(".0") if isinstance(value, str) else value
     choices: Any = fields.get("choices")
     is_clear = not isinstance(value, str) or not _is_digits(value) or {"completion", "messages"} & set(fields)
     if is_clear or not _is_list(choices) or value not in choices or int(value) >= len(choices):
@@ -290,6 +298,7 @@ def _is_digits(text: str) -> bool:
 
 def _name(fields: Mapping[str, Any], key: str, default: str) -> str:
     value = fields.get(key, default)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value  # pandas makes 2 a 2.0
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return (_text(value, key) if value != "" else default) if isinstance(value, str) else _text(value, key)

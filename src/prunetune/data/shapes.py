@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.data.columns import ColumnMapping
+from prunetune.data.records import LOSS_FIELDS
 from prunetune.errors import DataError
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
@@ -24,6 +25,7 @@ PAIRS = (  # shape, the column that it is told by, the columns of its prompt, th
     ("prompt/completion", "prompt", "prompt", "completion"),
     ("alpaca", "instruction", "instruction input context", "output response answer completion chosen"),
     ("question/answer", "question", "context passage question", "answer response output completion solution chosen"),
+    ("question/answer", "question", "context passage question", "correct_answer"),
     ("question/answer", "query", "query", "response answer completion"),
     ("question/answer", "problem", "problem", "solution response answer completion"),
     ("prompt/response", "prompt", "prompt", "response output answer chosen"),
@@ -33,15 +35,27 @@ PAIRS = (  # shape, the column that it is told by, the columns of its prompt, th
 OPTIONAL = {"input", "context", "passage"}  # empty in some rows
 CHATS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")  # the second is OpenAI's older form
 QUESTIONS = ("prompt", "question", "question_stem", "query", "problem", "ctx")
 BEFORE_QUESTION = ("context", "passage", "article")
 CHOICES = ("choices", "options", "endings")
-ANSWERS = ("answer_idx", "answerkey", "answer_key", "cop", "correct_option", "answer", "label", "target")
+CHOICE_TEXT = {"text", "value"}
+ANSWERS = (
+    "answer_idx",
+    "answerkey",
+    "answer_key",
+    "cop",
+    "correct_option",
+    "correct_answer",
+    "answer",
+    "label",
+    "target",
+)
 LETTERED = re.compile(r"(op|opt|option_?|choice_?|)([a-j])", re.IGNORECASE)  # opa, option_b, C
 COMMON = ("id", "task")  # read of rows of any shape
 PROMPT_NAMES = {*CHATS, *QUESTIONS, *BEFORE_QUESTION, *(name for pair in PAIRS for name in pair[2].split())}
 ANSWER_NAMES = {"chosen", *ANSWERS, *(name for pair in PAIRS for name in pair[3].split())}
-NAMES = {*PROMPT_NAMES, *ANSWER_NAMES, *CHOICES, *SYSTEM, *COMMON, "tools", "rejected", "text"}
+NAMES = {*PROMPT_NAMES, *ANSWER_NAMES, *CHOICES, *SYSTEM, *COMMON, *TOOLS, "rejected", "text"}
 OVERRIDDEN = {  # the fields of a row's own that a field of a template or of data.columns replaces
     "text": PROMPT_NAMES | ANSWER_NAMES | {*CHOICES},
     "messages": PROMPT_NAMES | ANSWER_NAMES | {*CHOICES, "text"},
@@ -50,10 +64,14 @@ OVERRIDDEN = {  # the fields of a row's own that a field of a template or of dat
     "choices": {"completion", *CHOICES},
     "answer": {"completion", *ANSWERS},
 }
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function": "tool", "observation": "tool"}
+ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "function": "tool", "observation": "tool",
+    **{role: role for role in ("user", "assistant", "system", "tool")},
+}  # fmt: skip
+RENAMED = (("role", "from"), ("content", "value"))
 MESSAGE_FIELDS = {
-    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "weight", "train",
-    "loss_weight",
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", *LOSS_FIELDS,
 }  # fmt: skip
 
 
@@ -75,7 +93,7 @@ def shape_row(row: Any, mapping: ColumnMapping | None = None, *, group_field: st
         return ShapedRow(row)
     columns = mapping.columns if mapping else frozenset[str]()
     own = {str(key): "" if value is None and key in OPTIONAL else value for key, value in row.items()}
-    own = {key: value for key, value in own.items() if value is not None}  # tables have nulls
+    own = {key: value for key, value in own.items() if value is not None and value == value}  # null, NaN: empty cells
     for key in sorted(set(own) - {*NAMES, group_field, *columns}):
         if (plain := key.strip().lower()) in NAMES and plain not in own:
             own[plain] = own.pop(key)  # "Question", as people write it in a table
@@ -164,7 +182,7 @@ def _pair(fields: Fields) -> Recognised | None:
     asked, replied = _as_turns(fields.get(key), key), _as_turns(reply, answer)
     if replied and replied[0].get("role") != "assistant":  # the whole conversation
         return _as_chat(shape, fields, replied, reads)
-    if not asked and not replied and not (names and any(fields.get(name) for name in (*SYSTEM, "tools"))):
+    if not asked and not replied and not (names and any(fields.get(name) for name in (*SYSTEM, *TOOLS))):
         return shape, {"prompt": _joined(fields, names), "completion": reply} if names else {"text": reply}, reads
     turns = [*(asked or [{"role": "user", "content": _joined(fields, names)}])]
     return _as_chat(shape, fields, turns + (replied or [{"role": "assistant", "content": reply}]), reads)
@@ -182,8 +200,12 @@ def _as_chat(shape: str, fields: Fields, turns: Any, reads: Mapping[str, tuple[s
     if system and isinstance(first, Mapping) and first.get("role") not in ("system", "developer"):
         canonical["messages"] = [{"role": "system", "content": fields[system]}, *turns]
         reads["system"] = (system,)
-    if fields.get("tools"):
-        canonical["tools"], reads["tools"] = _from_json(fields["tools"], "tools"), ("tools",)
+    if column := next((name for name in TOOLS if fields.get(name)), None):
+        tools = _from_json(fields[column], column)
+        tools = [_from_json(tool, column) for tool in (tools if isinstance(tools, list) else [tools])]
+        is_bare = column == "functions"
+        canonical["tools"] = [{"type": "function", "function": tool} for tool in tools] if is_bare else tools
+        reads["tools"] = (column,)
     return shape, canonical, reads
 
 
@@ -191,17 +213,22 @@ def _turns(turns: Collection[Any], name: str) -> list[Any]:
     """Messages as {role, content}: from/value renamed, parts of text joined. What is no message stays as it is."""
     result: list[Any] = []
     for value in turns:
+        where = f"{name}[{len(result)}]"
+        value = _from_json(value, where) if isinstance(value, str) and value.lstrip().startswith("{") else value
         turn = dict(value) if isinstance(value, Mapping) else {}
-        if "from" in turn and "role" not in turn:
-            turn = {"role": turn.pop("from"), "content": turn.pop("value", turn.get("content")), **turn}
+        turn = {key: turn.pop(old) for key, old in RENAMED if old in turn and key not in turn} | turn
         role, content = turn.get("role"), turn.get("content")
         if role == "function_call":
-            call = {"type": "function", "function": _from_json(content, f"{name}[{len(result)}]")}
-            turn |= {"role": "assistant", "content": "", "tool_calls": [call]}
+            turn |= {"role": "assistant", "content": "", "function_call": _from_json(content, where)}
         elif isinstance(role, str):
-            turn["role"] = ROLES.get(role.lower(), role)
-        if isinstance(content, list | tuple):
-            turn["content"] = "".join(_part(part, f"{name}[{len(result)}].content") for part in content)
+            turn["role"] = ROLES.get(role.strip().lower(), role)
+        if called := turn.pop("function_call", None):  # OpenAI's older form of one call
+            turn["tool_calls"] = [{"type": "function", "function": called}]
+        if "tool_calls" in turn:
+            turn["tool_calls"] = _from_json(turn["tool_calls"], f"{where}.tool_calls")
+        if isinstance(content, list | tuple | Mapping):
+            parts = [content] if isinstance(content, Mapping) else content
+            turn["content"] = "".join(_part(part, f"{where}.content") for part in parts)
         result.append(turn or value)
     return result
 
@@ -218,7 +245,7 @@ def _as_turns(value: Any, name: str) -> list[Any] | None:
     """Messages where a text might stand, also as JSON text; None for what are none."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         try:
-            value = parse_json(value, nan=True, surrogates=True)
+            value = parse_json(value, nan=True, surrogates=True, unique_keys=True)
         except ValueError:
             return None
     turns = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
@@ -232,16 +259,17 @@ def _labelled(value: Any) -> tuple[list[str], Any]:
         return list(map(str, value["label"])), value["text"]
     if isinstance(value, Mapping):
         return list(map(str, value)), list(value.values())
-    if isinstance(value, list) and all(isinstance(choice, Mapping) and "text" in choice for choice in value):
+    if isinstance(value, list) and all(isinstance(choice, Mapping) and CHOICE_TEXT & {*choice} for choice in value):
         labels = [str(choice.get("label", choice.get("key", ""))) for choice in value]
-        return labels, [choice["text"] for choice in value]
+        return labels, [choice.get("text", choice.get("value")) for choice in value]
     return [], value
 
 
 def _answer(value: Any, name: str, labels: list[str], texts: Any, *, counts_columns: bool) -> Any:
     """The index of the choice with a label, or the value as it is; a number may count lettered columns, from 0."""
     by_label = {label.strip().lower(): index for index, label in enumerate(labels)}
-    label, number = str(value).strip().lower(), _whole(value)
+    label, number = str(_as_text(value)).strip().lower(), _whole(value)
+    label = label if number is None else str(number)  # pandas makes 2 a 2.0
     if counts_columns and number is not None and value not in texts:
         label = string.ascii_lowercase[number] if 0 <= number < 26 else "none"
         if label not in by_label:
@@ -283,7 +311,7 @@ def _with_line_end(prompt: str, answer: Any) -> str:
 def _from_json(value: Any, name: str) -> Any:
     """The value of a column that holds lists or objects, which a table writes as JSON text."""
     try:
-        return parse_json(value, nan=True, surrogates=True) if isinstance(value, str) else value
+        return parse_json(value, nan=True, surrogates=True, unique_keys=True) if isinstance(value, str) else value
     except ValueError as broken:
         reason = getattr(broken, "msg", broken)  # without line and column, which are those of the cell
         raise DataError(f"column {name}: not valid JSON ({reason}); in a table it holds a JSON list") from None

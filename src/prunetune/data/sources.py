@@ -16,14 +16,13 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.columns import ColumnMapping
 from prunetune.data.demo import read_demo
 from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
-from prunetune.data.records import Record, record_from_row
+from prunetune.data.records import Record, count_bad_rows, record_from_row
 from prunetune.data.shapes import ShapedRow, shape_row
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
 from prunetune.utils.untrusted import shorten
 
 log = logging.getLogger(__name__)
-SHOWN_BAD_ROWS = 3
 SplitName = Literal["train", "search", "valid", "test", "texts", "guard", "general"]
 EXTRA_SPLITS: tuple[SplitName, ...] = ("texts", "guard", "general")  # often from elsewhere, so rows may lack data.group
 # Names that a split may have on the hub, the first that exists is read.
@@ -159,9 +158,8 @@ def _note(shapes: Counter[str], unused: Counter[str]) -> str:
 
 def _refuse_or_drop(bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName) -> None:
     """Log the rows that are left out, or raise `DataError`: how many, and what is wrong with the first ones."""
-    others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:SHOWN_BAD_ROWS])
     advice = "; data.bad_rows=drop leaves such rows out" if good else ""
-    said = f"{len(bad):,} of {len(bad) + good:,} rows cannot be used{others and f', also {others}'}"
+    said = count_bad_rows(bad, len(bad) + good)
     if config.bad_rows == "error" or not good:
         raise DataError(f"{bad[0]} ({said}{advice})")
     log.warning("data.%s leaves bad rows out: %s (%s)", split, bad[0], said)
@@ -216,7 +214,7 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
     for match in files:
         if not _has_reader(match.name):
             known = f"known are {', '.join(READERS)}, those of text also with {', '.join(COMPRESSED)} behind"
-            advice = "save the sheet as CSV or .xlsx" if match.suffix.startswith((".xls", ".ods")) else known
+            advice = "save the sheet as CSV or .xlsx" if match.suffix.lower().startswith((".xls", ".ods")) else known
             raise DataError(f"{match}: ending {match.suffix!r} is not read; {advice}")
     return files
 
