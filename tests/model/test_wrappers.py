@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from support.evaluation import characters, write_model_and_rows
 from support.models import relative, with_lora
 
 ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+IN_TEXT_MODEL = re.compile(r"\b(language|text)_model\.(model\.)?layers\.")
 IMAGE = 96  # the token that stands for a piece of an image
 TEXT = {
     "vocab_size": 259, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -81,6 +83,18 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": IMAGE,
     },
+    "llama4": {
+        "text_config": TEXT | {"intermediate_size_mlp": 64, "num_local_experts": 2},
+        "vision_config": VISION
+        | {
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "pixel_shuffle_ratio": 1.0,
+            "intermediate_size": 32,
+        },
+        "image_token_index": IMAGE,
+    },
     "qwen2_5_vl": {
         "text_config": TEXT | MROPE | {"hidden_size": 64},
         "vision_config": QWEN_VISION | {"out_hidden_size": 64},
@@ -132,8 +146,8 @@ def test_text_model_is_pruned_inside_its_wrapper(kind: str, tmp_path: Path) -> N
     (tmp_path / "dense" / "preprocessor_config.json").write_text("{}")
     sites = find_sites(load_meta_model(str(tmp_path / "dense")))
     assert {site.layer for site in sites} == {0, 1, 2}
-    assert {str(site.kind) for site in sites} == {"attention", "mlp"}
-    assert all(".language_model." in name or ".text_model." in name for name in lora_target_modules(dense))
+    assert {str(site.kind) for site in sites} == ({"attention"} if kind == "llama4" else {"attention", "mlp"})
+    assert all(IN_TEXT_MODEL.search(name) for name in lora_target_modules(dense))
     generator = torch.Generator().manual_seed(1)
     scores = {site.name: torch.rand(site.units, generator=generator) for site in sites}
     constraints = PlanConstraints("uniform", align=8, allows_groups=kv_groups_validator(dense.config))
@@ -153,7 +167,7 @@ def test_text_model_is_pruned_inside_its_wrapper(kind: str, tmp_path: Path) -> N
     assert opened.num_parameters() < dense.num_parameters()
     assert relative(logits(opened, inputs), expected) <= 1e-5
     for name, tensor in opened.state_dict().items():
-        if ".language_model.layers." not in name and ".text_model.layers." not in name:
+        if not IN_TEXT_MODEL.search(name):
             assert torch.equal(tensor, whole[name]), name
 
 

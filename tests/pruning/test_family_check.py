@@ -26,7 +26,10 @@ TOLERANCE = 1e-5
 # One of a plain plan, of layers with and without attention, of latent attention beside experts; and one whose
 # `base_model_prefix` names no module, whose experts' matrices are transposed.
 CHECKED = {
-    "cwm": ("kv-groups", "mlp-channels"),
+    **dict.fromkeys(
+        ("cwm", "hyperclovax", "internlm3", "iquestcoder", "nanochat", "vaultgemma", "biogpt"),
+        ("kv-groups", "mlp-channels"),
+    ),
     "qwen3_5_text": ("kv-groups", "mlp-channels"),
     "deepseek_v3": ("kv-groups", "expert-channels"),
     "llama4_text": ("kv-groups", "expert-channels"),

@@ -230,7 +230,7 @@ def _within_time(render: Callable[[T], R], items: Sequence[T]) -> list[R]:
     for start in range(0, len(items), ROWS_RENDERED_AT_ONCE):
         batch = items[start : start + ROWS_RENDERED_AT_ONCE]
         try:
-            results += call_within(RENDER_SECONDS, lambda batch=batch: [*chain.from_iterable(map(attempt, batch))])
+            results += call_within(RENDER_SECONDS, partial(list, chain.from_iterable(map(attempt, batch))))
         except TimeoutError as endless:
             raise DataError(
                 f"{batch[0].source}: the tokenizer's chat template does not come to an end ({endless}): correct it, or "

@@ -267,7 +267,8 @@ def _experts_per_token(config: Any) -> int:
 def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder's layers: its only list of modules that is as long as the configuration says."""
     decoder = cast(Any, model).get_decoder()
-    decoder = decoder if decoder is not model else cast(Any, model).model  # Llama 4
+    while isinstance(inner := getattr(decoder, "model", None), nn.Module):  # Llama 4, and its wrapper
+        decoder = inner
     base = next(name for name, module in model.named_modules() if module is decoder)
     count = cast(Any, model).config.get_text_config().num_hidden_layers
     children = decoder.named_children()
