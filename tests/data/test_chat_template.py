@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...], bool]] = {
     "llama": ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>"), False),
     "gemma": ("<bos>", "<end_of_turn>", ("<start_of_turn>", "<eos>"), True),
     "gptoss": ("<s>", "<|return|>", ("<|start|>", "<|end|>", "<|call|>", "<|channel|>", "<|user|>"), False),
+    "deepseek": ("<s>", "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"), False),
     "phi": ("<s>", "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), False),
 }
 TOOLS = [
@@ -227,7 +228,7 @@ def test_smollm2_loss_is_the_answers_and_the_token_that_ends_each() -> None:
 
 
 @pytest.mark.parametrize("template", ["CHAT", "llama3_training"])
-@pytest.mark.parametrize("field", [{"weight": 0}, {"train": False}, {"loss_weight": 0.0}])
+@pytest.mark.parametrize("field", [{"weight": 0}, {"train": False}, {"loss_weight": 0.0}, {"loss": False}])
 def test_message_of_weight_zero_is_read_and_not_tuned_on(template: str, field: Row) -> None:
     tokenizer = subwords() if template == "CHAT" else tokenizer_with(trl_template(template), "llama")
     talk = [user("one"), assistant("heart"), user("two"), assistant("lung", **field), user("three"), assistant("fever")]
@@ -276,6 +277,43 @@ def test_tools_and_calls_go_to_the_template(arguments: Any, content: Any) -> Non
         assert pieces_of({"messages": talk[:2], "tools": TOOLS}, tokenizer) == [before, called]
 
 
+@pytest.mark.parametrize("arguments", [{"n": 2}, '{"n": 2}'])
+def test_calls_go_to_a_template_that_wants_their_arguments_as_text(arguments: Any) -> None:
+    """DeepSeek's, which writes no tools: those belong into a system message."""
+    tokenizer = tokenizer_with(trl_template("deepseekv3"), "deepseek")
+    talk = [user("one"), assistant(None, **call("look_up", arguments)), answer_of_tool("12"), assistant("heart")]
+    called, answered = pieces_of({"messages": [*talk, user("two"), assistant("lung")]}, tokenizer)[1:5:2]
+    assert 'function<｜tool▁sep｜>look_up\n```json\n{"n": 2}\n```' in called
+    assert answered == "heart<｜end▁of▁sentence｜>"
+    with pytest.raises(
+        DataError, match=r"^f:1: .* does not write tools; write what they say .*tools into a system mess"
+    ):
+        encoded([{"messages": talk, "tools": TOOLS}], tokenizer)
+
+
+def test_names_and_roles_that_a_template_leaves_out_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    two = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role + m.content + eos_token }}{% endif %}"
+    )
+    talk = [{"role": "system", "content": "Be brief."}, {**user("one"), "name": "Ann"}, assistant("heart")]
+    encoded([{"messages": talk}] * 3, subwords(chat=two + "{% endfor %}"))
+    assert caplog.messages == [
+        f"{field} is not written by the chat template, so it is not tuned on (3 rows)" for field in ("name", "system")
+    ]
+    caplog.clear()
+    encoded([{"messages": [talk[1], assistant("heart", thinking="a sign")]}], subwords(), template="raw")
+    assert caplog.messages == ["thinking is not written without a chat template, so it is not tuned on (1 rows)"]
+
+
+def test_rows_that_a_template_refuses_are_counted() -> None:
+    template = "{% for m in messages %}{% if m.content == 'x' %}{{ raise_exception('no x') }}{% endif %}{{ m.content }}"
+    rows = [{"messages": [user("x" if n in (3, 5, 8, 9) else "y"), assistant("heart")]} for n in range(12)]
+    with pytest.raises(DataError, match=r"^f:4: .*refuses these messages \(no x\)") as refused:
+        encoded(rows, subwords(chat=template + "{% endfor %}"))
+    assert "(4 of 12 rows cannot be used, also f:6: " in str(refused.value)
+    assert "f:10" not in str(refused.value)
+
+
 def test_template_that_takes_no_tools_refuses_them_in_one_line() -> None:
     plain, called = assistant("heart"), assistant(None, **call("look_up", {}))
     with pytest.raises(DataError, match=r"^f:1: the tokenizer's chat template does not write tools;"):
@@ -285,7 +323,14 @@ def test_template_that_takes_no_tools_refuses_them_in_one_line() -> None:
             encoded([{"messages": [user("one"), called, user("12"), plain]}], subwords(chat=template), **options)
 
 
-def test_answers_are_found_where_a_template_leaves_out_earlier_reasoning(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("renames", [True, False])
+def test_answers_are_found_where_a_template_leaves_out_earlier_reasoning(
+    renames: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether transformers gives reasoning under each of its names, as 5.23 does, or not, as 5.17."""
+    if not renames:
+        names = "transformers.utils.chat_template_utils._alias_reasoning_fields"
+        monkeypatch.setattr(names, lambda chat: chat, raising=False)
     thought = {"reasoning_content": "a sign"}
     two_turns = [user("one"), assistant("heart", **thought), user("two"), assistant("lung", **thought)]
     tokenizer = tokenizer_with(trl_template("qwen3"), "qwen")

@@ -157,6 +157,7 @@ def test_line_ends_of_windows_become_those_of_unix(tmp_path: Path) -> None:
         "prompt\tcompletion\nWhere? Here, or there\t here, there\n",
         '"prompt","completion"\n"Where? Here, or there"," here, there"\n',
         "prompt;completion;\nWhere? Here, or there; here, there;\n",
+        "prompt|completion\nWhere? Here, or there| here, there\n",
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
@@ -221,6 +222,14 @@ def test_whole_numbers_that_pandas_made_floats_are_indices(tmp_path: Path) -> No
     assert [record.answer for record in records] == [1, 0]
 
 
+def test_ids_and_labels_that_pandas_made_floats_are_whole_numbers(tmp_path: Path) -> None:
+    labelled = {"text": ["x", "y"], "label": ["1", "2"]}
+    table = pa.table({"id": [7.0, None], "question": ["a?", "b?"], "choices": [labelled] * 2, "answerKey": [1.0, 2.0]})
+    arrow(tmp_path, "a.parquet", table)
+    records = read_records(["a.parquet"], DataConfig(root=str(tmp_path)), "train")
+    assert [(record.id, record.answer) for record in records] == [("7", 0), ("a/a.parquet:2", 1)]
+
+
 def two_columns_of_one_name() -> bytes:
     sink = pa.BufferOutputStream()
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
@@ -236,7 +245,13 @@ BAD = [
     ("a.jsonl", b'{"prompt": "p", "completion": "a", "completion": "b"}\n', "two fields are called completion"),
     ("a.json", b'[{"prompt": "p", "completion": "a", "completion": "b"}]', "two fields are called completion"),
     ("a.parquet", two_columns_of_one_name(), "two columns are called completion"),
+    ("a.csv", b'messages\n"[{""role"": ""user"", ""content"": 1, ""content"": 2}]"\n', "fields are called cont"),
+    ("a.csv", b'conversations\n"[{""from"": ""human"", ""from"": ""gpt""}]"\n', "two fields are called from"),
     ("a.json", b'[\n{"text": "a"},\n{"text": "b",}\n]', "a.json:3: not valid JSON"),
+    ("a.json", b'[\n{"text": "a"},\n{"text": "b", "text": "c"}]', "a.json:3: not valid JSON (two fields are"),
+    ("a.json", b'[\n{"text": "a"},\n{"x": ' + b"[" * 200 + b"]" * 200 + b"}]", "a.json:3: not valid JSON (it is nest"),
+    ("a.json", b"[" * 200 + b"]" * 200, "a.json:1: not valid JSON (it is nested"),
+    ("a.json.gz", gzip.compress(b'[\n{"text": "a"},\n{"text": "b",}\n]', mtime=0), "a.json.gz:3: not valid JSON"),
     ("a.jsonl", b'[\n{"text": "a"},\n{"text"', "a.jsonl:3: not valid JSON"),
     ("a.json", b'{"text": "a"}\n{"text"', "a.json:2: not valid JSON"),
     ("a.json", b'{"text": "a"', "a.json:1: not valid JSON"),
@@ -251,7 +266,9 @@ BAD = [
     ("a.parquet.gz", b"", "a.parquet.gz: ending '.gz' is not read"),
     ("a.jsonl.xz", b"", "ending '.xz' is not read; known are .jsonl"),
     ("a.xls", b"", "ending '.xls' is not read; save the sheet as CSV or .xlsx"),
+    ("a.XLS", b"", "ending '.XLS' is not read; save the sheet as CSV or .xlsx"),
     ("a.xlsx", b"PK", "a.xlsx: not readable as Excel"),
+    ("a.jsonl", gzip.compress(LINES, mtime=0), "it is compressed: let its name end in .gz"),
     ("a.jsonl", b"\x00\x01\x02\xff\xff", "a.jsonl:1: not UTF-8"),
     ("a.jsonl", '{"text": "Köln"}\n'.encode() + b'{"text": "K\xf6ln"}\n', "a.jsonl:2: not UTF-8 (byte 0xf6)"),
     ("a.csv", "text\n漢字の文章\n".encode("shift-jis"), "a.csv:2: not UTF-8"),

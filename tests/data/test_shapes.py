@@ -458,8 +458,11 @@ def test_bad_row_of_a_known_shape_is_refused_in_one_line(row: dict[str, Any], me
     assert len(str(refused.value)) < 400
 
 
-def test_digits_in_lettered_columns_of_a_table_are_refused_where_they_are_ambiguous(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["1", "1.0"])
+def test_digits_in_lettered_columns_of_a_table_are_refused_where_they_are_ambiguous(
+    answer: str, tmp_path: Path
+) -> None:
     with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["question", "opa", "opb", "cop"], [Q, "1", "2", "1"]])
+        csv.writer(file).writerows([["question", "opa", "opb", "cop"], [Q, "1", "2", answer]])
     with pytest.raises(DataError, match=r"is the text of choices\[0\] and the index of choices\[1\]"):
         read_records([str(tmp_path / "rows.csv")], DataConfig(), "train")

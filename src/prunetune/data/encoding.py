@@ -15,7 +15,15 @@ from itertools import accumulate, chain, compress, pairwise
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.chat_template import Loss, Span, TurnEnd, gaps_between, render_answered, render_prompts
+from prunetune.data.chat_template import (
+    REASONING_FIELDS,
+    Loss,
+    Span,
+    TurnEnd,
+    gaps_between,
+    render_answered,
+    render_prompts,
+)
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 
@@ -99,6 +107,10 @@ def _encode_untruncated(records: Sequence[Record], tokenizer: Any, config: DataC
 
 def _encode_pairs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
     """Prompts with their answers, texts, and chats without a template."""
+    fields_read = ["".join([record.answer_fields, *(turn.fields for turn in record.messages)]) for record in records]
+    for field in REASONING_FIELDS:
+        if count := sum(f'"{field}": ' in fields for fields in fields_read):
+            log.warning("%s is not written without a chat template, so it is not tuned on (%d rows)", field, count)
     text_end, by_template = [_end_of_text(tokenizer)], config.template == "chat"
     turn_end = TurnEnd.of(tokenizer, records[0].source).closing if by_template and records else ""
     examples = []

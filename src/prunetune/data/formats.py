@@ -23,6 +23,12 @@ NumberedRows = Iterator[tuple[int, Any]]
 NESTED = {"choices", "messages"}  # written as JSON in a cell of CSV
 UNTYPED = (".csv", ".tsv", ".xlsx")  # all other cells are text
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+OTHER_FORMATS = {  # by how they begin
+    b"\x1f\x8b": "it is compressed: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed: let its name end in .zst",
+    b"PAR1": "it is a Parquet file: let its name end in .parquet",
+    b"PK\x03\x04": "it is an archive or an Excel sheet: unpack it, or save the sheet as CSV",
+}
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -53,7 +59,10 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as broken:
         line, byte = data[: broken.start].count(b"\n") + 1, data[broken.start]
         if not _is_western_text(data):
-            raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+            advice = [told for start, told in OTHER_FORMATS.items() if data.startswith(start)] or [
+                "save the file as UTF-8"
+            ]
+            raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); {advice[0]}") from None
         text = data.decode("cp1252")
         sample = shorten(text.split("\n")[line - 1], 60)
         log.warning("%s: not UTF-8, read as Windows-1252, such as line %d: %s", path, line, sample)
@@ -89,7 +98,8 @@ def _json(path: Path) -> NumberedRows:
         at = broken if isinstance(broken, json.JSONDecodeError) else None
         is_lines = data_suffix(path.name) != ".json" or not text.strip() or not (is_list or at)
         if not is_lines and not (at and at.msg.startswith("Extra data")):
-            where, reason = (f"{path}:{at.lineno}", f"{at.msg}, column {at.colno}") if at else (path, broken)
+            reason = f"{at.msg}, column {at.colno}" if at else broken
+            where = f"{path}:{at.lineno if at else _line_of_bad_row(text)}"
             wanted = "a .json file holds a list of objects, or one object a line"
             raise DataError(f"{where}: not valid JSON ({reason}); {wanted}") from None
         # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
@@ -101,6 +111,19 @@ def _json(path: Path) -> NumberedRows:
         (inner,) = value.values()
         value = inner if isinstance(inner, list) and inner and isinstance(inner[0], Mapping) else value
     yield from enumerate(value, 1) if isinstance(value, list) else [(start, value)]
+
+
+def _line_of_bad_row(text: str) -> int:
+    """The line where the first row of a list begins that is JSON, and that `parse_json` refuses."""
+    start = end = text.index("[")
+    decoder = json.JSONDecoder()
+    try:
+        while True:
+            start = text.index("{", end)
+            end = decoder.raw_decode(text, start)[1]
+            parse_json(text[start:end], nan=True, surrogates=True, unique_keys=True)
+    except (ValueError, RecursionError):
+        return text.count("\n", 0, start) + 1
 
 
 @contextmanager

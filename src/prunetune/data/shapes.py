@@ -270,7 +270,7 @@ def _answer(value: Any, name: str, labels: list[str], texts: Any, *, counts_colu
     by_label = {label.strip().lower(): index for index, label in enumerate(labels)}
     label, number = str(_as_text(value)).strip().lower(), _whole(value)
     label = label if number is None else str(number)  # pandas makes 2 a 2.0
-    if counts_columns and number is not None and value not in texts:
+    if counts_columns and number is not None and value not in texts and str(number) not in texts:
         label = string.ascii_lowercase[number] if 0 <= number < 26 else "none"
         if label not in by_label:
             raise DataError(f"{name} {short_repr(value)} is none of the {len(labels)} choices, counted from 0")
