@@ -83,14 +83,9 @@ def test_adapter_that_cannot_be_merged_is_refused_in_one_line(base: Path, tmp_pa
     assert "an adapter without adapter_model.safetensors; save it again" in refusal("lora")
 
 
-def test_folder_above_an_adapter_and_one_without_its_configuration_are_refused_by_what_they_hold(
-    base: Path, tmp_path: Path
-) -> None:
+def test_folder_above_an_adapter_is_refused_by_naming_the_adapter(base: Path, tmp_path: Path) -> None:
     """As Trainer leaves it: adapters in checkpoint-N, the model's folder named."""
     step = tmp_path / "out" / "checkpoint-5"
     write_adapter(base, step, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ModelError, match=r"the folder has no config\.json; name one in it: .*checkpoint-5$"):
+    with pytest.raises(ModelError, match=r"the folder has no config\.json; name one in it that has, .*checkpoint-5$"):
         load_meta_model(str(tmp_path / "out"))
-    (step / "adapter_config.json").unlink()
-    with pytest.raises(ModelError, match=r"is an adapter without its adapter_config\.json; name the folder that save_"):
-        load_meta_model(str(step))

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from typing import Any, Literal, TypeVar
 
-from prunetune.data.records import Message, Record, count_bad_rows
+from prunetune.data.records import REASONING_FIELDS, Message, Record, count_bad_rows
 from prunetune.errors import DataError
 from prunetune.utils.deadline import RENDER_SECONDS, call_within
 from prunetune.utils.untrusted import parse_json
@@ -22,8 +22,7 @@ Loss = Literal["assistants", "last", "all"]
 ROWS_RENDERED_AT_ONCE = 5  # a chat takes a rendering for each answer
 PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-TOOL_FIELDS, REASONING_FIELDS = ("tools", "tool_calls"), ("reasoning_content", "reasoning", "thinking")
-OTHER_ROLES = ("system", "developer", "tool")
+TOOL_FIELDS, OTHER_ROLES = ("tools", "tool_calls"), ("system", "developer", "tool")
 
 
 @dataclass(frozen=True)
@@ -213,32 +212,27 @@ def _unread_fields(tokenizer: Any, chat: Chat, text: str, *, generate: bool = Fa
 
 
 def _within_time(render: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`render` of each record or chat; some at a time, as a template's loops may have no end.
+    """`render` of each record or chat; some at a time, as a template's loops may have no end. Raises `DataError`."""
+    results: list[R | DataError] = []
 
-    Raises `DataError` for all that `render` refuses.
-    """
-    results: list[R] = []
-    refused: list[DataError] = []
-
-    def attempt(item: T) -> list[R]:
+    def attempt(item: T) -> R | DataError:
         try:
-            return [render(item)]
+            return render(item)
         except DataError as wrong:
-            refused.append(wrong)
-            return []
+            return wrong
 
     for start in range(0, len(items), ROWS_RENDERED_AT_ONCE):
         batch = items[start : start + ROWS_RENDERED_AT_ONCE]
         try:
-            results += call_within(RENDER_SECONDS, partial(list, chain.from_iterable(map(attempt, batch))))
+            results += call_within(RENDER_SECONDS, partial(list, map(attempt, batch)))
         except TimeoutError as endless:
             raise DataError(
                 f"{batch[0].source}: the tokenizer's chat template does not come to an end ({endless}): correct it, or "
                 "set data.template=raw"
             ) from endless
-    if refused:
+    if refused := [result for result in results if isinstance(result, DataError)]:
         raise DataError(f"{refused[0]} ({count_bad_rows(refused, len(items))})" if refused[1:] else str(refused[0]))
-    return results
+    return [result for result in results if not isinstance(result, DataError)]
 
 
 def _render(tokenizer: Any, chat: Chat, *, generate: bool = False) -> tuple[str, list[Span]]:
@@ -276,17 +270,13 @@ def _render(tokenizer: Any, chat: Chat, *, generate: bool = False) -> tuple[str,
 
 
 def _as_template_reads(message: Mapping[str, Any], *, as_text: bool, empty: str | None) -> dict[str, Any]:
-    """The message with arguments of tool calls as objects or JSON text, and reasoning under each name for it.
-
-    As with transformers' `apply_chat_template`, a field without value is no field.
-    """
+    """The message, arguments of calls as objects or JSON text, reasoning under each name, without null fields."""
 
     def rewritten(call: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             arguments = call["function"]["arguments"]
-            is_text = isinstance(arguments, str)
-            if is_text != as_text:
-                arguments = parse_json(arguments) if is_text else json.dumps(arguments, ensure_ascii=False)
+            if isinstance(arguments, str) != as_text:
+                arguments = json.dumps(arguments, ensure_ascii=False) if as_text else parse_json(arguments)
             return {**call, "function": {**call["function"], "arguments": arguments}}
         except (KeyError, TypeError, ValueError):
             return call

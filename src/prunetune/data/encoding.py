@@ -15,16 +15,8 @@ from itertools import accumulate, chain, compress, pairwise
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.chat_template import (
-    REASONING_FIELDS,
-    Loss,
-    Span,
-    TurnEnd,
-    gaps_between,
-    render_answered,
-    render_prompts,
-)
-from prunetune.data.records import Record
+from prunetune.data.chat_template import Loss, Span, TurnEnd, gaps_between, render_answered, render_prompts
+from prunetune.data.records import REASONING_FIELDS, Record
 from prunetune.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -23,12 +23,6 @@ NumberedRows = Iterator[tuple[int, Any]]
 NESTED = {"choices", "messages"}  # written as JSON in a cell of CSV
 UNTYPED = (".csv", ".tsv", ".xlsx")  # all other cells are text
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-OTHER_FORMATS = {  # by how they begin
-    b"\x1f\x8b": "it is compressed: let its name end in .gz",
-    b"\x28\xb5\x2f\xfd": "it is compressed: let its name end in .zst",
-    b"PAR1": "it is a Parquet file: let its name end in .parquet",
-    b"PK\x03\x04": "it is an archive or an Excel sheet: unpack it, or save the sheet as CSV",
-}
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -59,10 +53,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as broken:
         line, byte = data[: broken.start].count(b"\n") + 1, data[broken.start]
         if not _is_western_text(data):
-            advice = [told for start, told in OTHER_FORMATS.items() if data.startswith(start)] or [
-                "save the file as UTF-8"
-            ]
-            raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); {advice[0]}") from None
+            told = "it is compressed: let its name end in .gz" if data[:2] == b"\x1f\x8b" else "save the file as UTF-8"
+            raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); {told}") from None
         text = data.decode("cp1252")
         sample = shorten(text.split("\n")[line - 1], 60)
         log.warning("%s: not UTF-8, read as Windows-1252, such as line %d: %s", path, line, sample)

@@ -15,6 +15,7 @@ from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
 RecordKind = Literal["completion", "chat", "text"]
 FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message: what servers call it
 SHOWN_BAD_ROWS = 3
 LOSS_FIELDS = ("weight", "train", "loss_weight", "loss")  # of a message: OpenAI's, and what other trainers call it
 

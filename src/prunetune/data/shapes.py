@@ -39,18 +39,8 @@ TOOLS = ("tools", "functions")  # the second is OpenAI's older form
 QUESTIONS = ("prompt", "question", "question_stem", "query", "problem", "ctx")
 BEFORE_QUESTION = ("context", "passage", "article")
 CHOICES = ("choices", "options", "endings")
-CHOICE_TEXT = {"text", "value"}
-ANSWERS = (
-    "answer_idx",
-    "answerkey",
-    "answer_key",
-    "cop",
-    "correct_option",
-    "correct_answer",
-    "answer",
-    "label",
-    "target",
-)
+ANSWER_KEYS = ("answer_idx", "answerkey", "answer_key", "cop", "correct_option", "correct_answer")
+ANSWERS = (*ANSWER_KEYS, "answer", "label", "target")
 LETTERED = re.compile(r"(op|opt|option_?|choice_?|)([a-j])", re.IGNORECASE)  # opa, option_b, C
 COMMON = ("id", "task")  # read of rows of any shape
 PROMPT_NAMES = {*CHATS, *QUESTIONS, *BEFORE_QUESTION, *(name for pair in PAIRS for name in pair[2].split())}
@@ -64,11 +54,9 @@ OVERRIDDEN = {  # the fields of a row's own that a field of a template or of dat
     "choices": {"completion", *CHOICES},
     "answer": {"completion", *ANSWERS},
 }
-ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant", "function": "tool", "observation": "tool",
-    **{role: role for role in ("user", "assistant", "system", "tool")},
-}  # fmt: skip
+ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
+ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 RENAMED = (("role", "from"), ("content", "value"))
 MESSAGE_FIELDS = {
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", *LOSS_FIELDS,
@@ -203,9 +191,8 @@ def _as_chat(shape: str, fields: Fields, turns: Any, reads: Mapping[str, tuple[s
     if column := next((name for name in TOOLS if fields.get(name)), None):
         tools = _from_json(fields[column], column)
         tools = [_from_json(tool, column) for tool in (tools if isinstance(tools, list) else [tools])]
-        is_bare = column == "functions"
-        canonical["tools"] = [{"type": "function", "function": tool} for tool in tools] if is_bare else tools
-        reads["tools"] = (column,)
+        wrapped = [{"type": "function", "function": tool} for tool in tools]
+        canonical["tools"], reads["tools"] = wrapped if column == "functions" else tools, (column,)
     return shape, canonical, reads
 
 
@@ -259,7 +246,7 @@ def _labelled(value: Any) -> tuple[list[str], Any]:
         return list(map(str, value["label"])), value["text"]
     if isinstance(value, Mapping):
         return list(map(str, value)), list(value.values())
-    if isinstance(value, list) and all(isinstance(choice, Mapping) and CHOICE_TEXT & {*choice} for choice in value):
+    if isinstance(value, list) and all(isinstance(item, Mapping) and {"text", "value"} & {*item} for item in value):
         labels = [str(choice.get("label", choice.get("key", ""))) for choice in value]
         return labels, [choice.get("text", choice.get("value")) for choice in value]
     return [], value
@@ -268,7 +255,7 @@ def _labelled(value: Any) -> tuple[list[str], Any]:
 def _answer(value: Any, name: str, labels: list[str], texts: Any, *, counts_columns: bool) -> Any:
     """The index of the choice with a label, or the value as it is; a number may count lettered columns, from 0."""
     by_label = {label.strip().lower(): index for index, label in enumerate(labels)}
-    label, number = str(_as_text(value)).strip().lower(), _whole(value)
+    label, number = str(value).strip().lower(), _whole(value)
     label = label if number is None else str(number)  # pandas makes 2 a 2.0
     if counts_columns and number is not None and value not in texts and str(number) not in texts:
         label = string.ascii_lowercase[number] if 0 <= number < 26 else "none"

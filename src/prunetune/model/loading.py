@@ -36,7 +36,7 @@ from prunetune.pruning.families import FAMILIES
 from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
-from prunetune.utils.untrusted import parse_json, shorten
+from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 DEMO = "demo"
@@ -100,21 +100,10 @@ def _raise_if_no_model_folder(name: str, path: Path) -> None:
     """Refuse folders without a configuration."""
     if not (path / "config.json").is_file():
         runs = [folder for folder in (path / "model", *sorted(path.glob("sizes/*/model"))) if folder.is_dir()]
-        if runs:
-            raise ModelError(f"model {name}: the folder is a run; name its model, {runs[0]}")
-        lacks = (
-            "is an adapter without its adapter_config.json"
-            if any(path.glob("adapter_model.*"))
-            else "has no config.json"
-        )
-        patterns = ("*/config.json", "*/adapter_config.json")
-        inside = sorted(str(file.parent) for pattern in patterns for file in path.glob(pattern))
-        advice = (
-            f"; name one in it: {shorten(', '.join(inside))}"
-            if inside
-            else "; name the folder that save_pretrained wrote"
-        )
-        raise ModelError(f"model {name}: the folder {lacks}{advice}")
+        configs = [file for kind in ("config", "adapter_config") for file in sorted(path.glob(f"*/{kind}.json"))]
+        holds = f"the folder is a run; name its model, {runs[0]}" if runs else "the folder has no config.json; name "
+        inside = f"one in it that has, {configs[0].parent}" if configs else "the folder that save_pretrained wrote"
+        raise ModelError(f"model {name}: {holds}" + ("" if runs else inside))
 
 
 def _did_you_mean(path: Path) -> str:
