@@ -73,7 +73,7 @@ counted.
 | format | endings | |
 |---|---|---|
 | JSON lines, JSON | `.jsonl`, `.ndjson`, `.json` | one object a line, or a list of objects (or `{"data": [...]}`) |
-| CSV | `.csv`, `.tsv` | the first line names the columns and tells what separates them: comma, semicolon or tab |
+| CSV | `.csv`, `.tsv` | the first line names the columns and tells what separates them: comma, semicolon, bar or tab |
 | Excel | `.xlsx` | as CSV; one sheet holds the rows; `pip install 'prunetune[excel]'` |
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
 

@@ -248,6 +248,19 @@ def test_text_with_its_own_start_and_end_gets_no_second(adds: str, tail: str) ->
     assert chat.token_ids == encode_one(PAIR, tokenizer, template="chat").token_ids
 
 
+@pytest.mark.parametrize("blank", ["\n", " "])
+@pytest.mark.parametrize("adds", ["<s> $A", "$A"])
+def test_own_start_behind_white_space_counts_and_a_second_turn_keeps_its_own(adds: str, blank: str) -> None:
+    """Mistral's form: each turn of one text begins with a start token."""
+    tokenizer = subwords(adds=adds)
+    for row in (
+        replace(TEXT, completion=f"{blank}<s>one</s><s>two</s>"),
+        replace(PAIR, prompt=f"{blank}<s>one</s><s>two"),
+        replace(PAIR, prompt="<s>one</s><s>two"),
+    ):
+        assert encode_one(row, tokenizer).token_ids.count(tokenizer.bos_token_id) == 2
+
+
 @pytest.mark.parametrize("limit", [2, 3, 6, 9, 14, 20, 30])
 @pytest.mark.parametrize("loss", ["assistants", "last", "all"])
 def test_truncated_chat_keeps_the_loss_of_what_is_left(limit: int, loss: Any) -> None:

@@ -90,8 +90,7 @@ def _json(path: Path) -> NumberedRows:
         at = broken if isinstance(broken, json.JSONDecodeError) else None
         is_lines = data_suffix(path.name) != ".json" or not text.strip() or not (is_list or at)
         if not is_lines and not (at and at.msg.startswith("Extra data")):
-            reason = f"{at.msg}, column {at.colno}" if at else broken
-            where = f"{path}:{at.lineno if at else _line_of_bad_row(text)}"
+            where, reason = (f"{path}:{at.lineno}", f"{at.msg}, column {at.colno}") if at else (path, broken)
             wanted = "a .json file holds a list of objects, or one object a line"
             raise DataError(f"{where}: not valid JSON ({reason}); {wanted}") from None
         # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
@@ -103,19 +102,6 @@ def _json(path: Path) -> NumberedRows:
         (inner,) = value.values()
         value = inner if isinstance(inner, list) and inner and isinstance(inner[0], Mapping) else value
     yield from enumerate(value, 1) if isinstance(value, list) else [(start, value)]
-
-
-def _line_of_bad_row(text: str) -> int:
-    """The line where the first row of a list begins that is JSON, and that `parse_json` refuses."""
-    start = end = text.index("[")
-    decoder = json.JSONDecoder()
-    try:
-        while True:
-            start = text.index("{", end)
-            end = decoder.raw_decode(text, start)[1]
-            parse_json(text[start:end], nan=True, surrogates=True, unique_keys=True)
-    except (ValueError, RecursionError):
-        return text.count("\n", 0, start) + 1
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two fields are called {shorten(twice)}")
+        raise ValueError(f"two fields are called {shorten(twice)}, in {short_repr(fields)}")
     return fields
 
 

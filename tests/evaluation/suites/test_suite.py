@@ -160,6 +160,13 @@ def test_template_error_names_the_row(tmp_path: Path, task: dict[str, Any], mess
         rows(tmp_path, {"scorer": "accuracy", **task}, NESTED)
 
 
+def test_bad_rows_of_a_task_are_counted(tmp_path: Path) -> None:
+    lines = [{"prompt": "p", "completion": "" if n in (1, 2, 4, 5) else "c"} for n in range(8)]
+    with pytest.raises(DataError, match=r"completion is empty.*\(4 of 8 rows cannot be used, also ") as refused:
+        rows(tmp_path, {"scorer": "rouge"}, *lines)
+    assert str(refused.value).count("rows.jsonl:") == 3
+
+
 def test_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="compares choices, and the row has none"):
         rows(tmp_path, {"scorer": "accuracy"}, {"prompt": "a", "completion": "b"})

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.records import Record
+from prunetune.data.records import Record, count_bad_rows
 from prunetune.data.shapes import without_overridden_fields
 from prunetune.data.sources import SourceRow, read_rows
 from prunetune.data.templates import RowRenderer, compile_expression, compile_template
@@ -22,11 +22,19 @@ PLACEHOLDER_ANSWER = "-"  # stands for the right answer while a row without one 
 
 
 def build_prompts(task: Task) -> tuple[Prompt, ...]:
-    """The prompts of a task; raises `DataError` for the first row that cannot be used."""
+    """The prompts of a task; raises `DataError` for the rows that cannot be used."""
     rows = read_rows(task.options.data, DataConfig(root=task.root), task.options.split)
     sample = stable_sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
     renderers = _renderers(task)
-    return tuple(_build_prompt(row, task, renderers) for row in sample)
+    prompts, bad = [], []
+    for row in sample:
+        try:
+            prompts.append(_build_prompt(row, task, renderers))
+        except DataError as wrong:
+            bad.append(wrong)
+    if bad:
+        raise DataError(f"{bad[0]} ({count_bad_rows(bad, len(sample))})" if bad[1:] else str(bad[0]))
+    return tuple(prompts)
 
 
 def _id(row: SourceRow) -> str:
