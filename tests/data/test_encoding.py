@@ -248,6 +248,17 @@ def test_text_with_its_own_start_and_end_gets_no_second(adds: str, tail: str) ->
     assert chat.token_ids == encode_one(PAIR, tokenizer, template="chat").token_ids
 
 
+@pytest.mark.parametrize("end", ["</s>", "</s>\n"])
+def test_answers_of_a_chat_with_their_own_end_get_no_second(end: str) -> None:
+    tokenizer = subwords(chat=CHAT.replace("<|end|>", "</s>"))
+    messages = (TALK.messages[0], replace(TALK.messages[1], content="yes"), TALK.messages[2])
+    plain = encode_one(replace(TALK, messages=messages), tokenizer)
+    ended = (messages[0], replace(messages[1], content=f"yes{end}"), messages[2])
+    own = replace(TALK, messages=ended, completion=f"{TALK.completion}{end}")
+    assert encode_one(own, tokenizer) == plain
+    assert plain.token_ids.count(tokenizer.eos_token_id) >= 2
+
+
 @pytest.mark.parametrize("blank", ["\n", " "])
 @pytest.mark.parametrize("adds", ["<s> $A", "$A"])
 def test_own_start_behind_white_space_counts_and_a_second_turn_keeps_its_own(adds: str, blank: str) -> None:

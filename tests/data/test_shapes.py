@@ -132,6 +132,13 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         },
         "sharegpt rows; messages from conversations",
     ),
+    (
+        {"messages": [USER, {"role": "tool_call", "content": json.dumps(CALL["function"])},
+                      {"role": "tool_response", "content": "0: heart"}, ASSISTANT]},
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                      {"role": "tool", "content": "0: heart"}, ASSISTANT]},
+        "messages rows",
+    ),
     ({"messages": json.dumps(CHAT)}, {"messages": CHAT}, "messages rows"),
     ({"conversation": CHAT}, {"messages": CHAT}, "messages rows; messages from conversation"),
     ({"messages": CHAT, "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}, "messages rows"),
@@ -312,7 +319,7 @@ def test_plain_rows_are_read_without_a_word_and_labels_are_named(
     [
         (PARTS, "B", 1), (PARTS, "b", 1), (PARTS, "(B)", 1), (PARTS, "B.", 1), (PARTS, 1.0, 1), (PARTS, "1.0", 1),
         (PARTS, "1", 1), (PARTS, " liver", 1), ([" heart", " liver"], "liver", 1), (["B", "A"], "A", 1),
-        (["0", "1", "2"], "2", 2), (["2", "1", "0"], "2", 0),
+        (PARTS, "B. liver", 1), (PARTS, "(b) liver", 1), (["0", "1", "2"], "2", 2), (["2", "1", "0"], "2", 0),
     ],
 )  # fmt: skip
 def test_answer_is_a_text_else_an_index_or_a_letter(
@@ -445,6 +452,7 @@ BAD_ROWS = [
     ({"prompt": [USER], "completion": [{"text": A}]}, "messages[1].content must be text"),
     ({"question": Q, "reply": A}, "it needs prompt + completion"),
     ({"prompt": Q, "choices": PARTS, "answer": "D"}, "'D' lies outside"),
+    ({"prompt": Q, "choices": PARTS, "answer": "A. liver"}, "answer must be an index into choices"),
 ]  # fmt: skip
 
 

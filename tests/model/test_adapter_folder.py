@@ -77,6 +77,11 @@ def test_adapter_that_cannot_be_merged_is_refused_in_one_line(base: Path, tmp_pa
     assert "an adapter of type IA3, and only LoRA is merged here: merge it first" in refusal("ia3")
     assert "an adapter that does not fit" in refusal("lora", r=8)
     assert "an adapter of ./gone, which is not here" in refusal("lora", base_model_name_or_path="./gone")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    assert "lora: an adapter, and its base cannot be opened (" in refusal(
+        "lora", base_model_name_or_path=str(tmp_path / "empty")
+    )
     assert "names no base" in refusal("lora", base_model_name_or_path=None)
     assert "names no base" in refusal("lora", base_model_name_or_path=str(tmp_path / "lora"))
     (tmp_path / "lora" / "adapter_model.safetensors").rename(tmp_path / "lora" / "adapter_model.bin")

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal, TypeVar
 
-from prunetune.data.records import REASONING_FIELDS, Message, Record, count_bad_rows
+from prunetune.data.records import REASONING_FIELDS, Message, Record, make_all
 from prunetune.errors import DataError
 from prunetune.utils.deadline import RENDER_SECONDS, call_within
 from prunetune.utils.untrusted import parse_json
@@ -19,7 +19,6 @@ T = TypeVar("T", "Chat", Record)
 R = TypeVar("R")
 Span = tuple[int, int]  # [start, end)
 Loss = Literal["assistants", "last", "all"]
-ROWS_RENDERED_AT_ONCE = 5  # a chat takes a rendering for each answer
 PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL_FIELDS, OTHER_ROLES = ("tools", "tool_calls"), ("system", "developer", "tool")
@@ -77,7 +76,7 @@ class TurnEnd:
         """By an answer that is looked for in what the template writes; `source` begins the message of a `DataError`."""
         turns = ({"role": "user", "content": PROBE.title()}, {"role": "assistant", "content": PROBE})
         chat = Chat(turns, (), (), source)
-        ((rendered, _),) = _within_time(partial(_render, tokenizer), [chat])
+        rendered, _ = _within_time(partial(_render, tokenizer), chat)
         prompt, _ = _render(tokenizer, replace(chat, messages=turns[:1]), generate=True)
         lead = rendered.removeprefix(prompt).partition(PROBE)[0] if rendered.startswith(prompt) else ""
         text = rendered.rpartition(PROBE)[2].rstrip()
@@ -117,7 +116,7 @@ def render_prompts(tokenizer: Any, records: Sequence[Record]) -> list[str]:
         )
         return text if has_reasoning or record.kind != "chat" else text + lead
 
-    return _within_time(render, records)
+    return make_all(partial(_within_time, render), records)
 
 
 def render_answered(tokenizer: Any, records: Sequence[Record], loss: Loss) -> list[RenderedChat]:
@@ -152,7 +151,7 @@ def render_answered(tokenizer: Any, records: Sequence[Record], loss: Loss) -> li
         spans = gaps_between(spans, 0, start) if loss == "all" else spans
         return RenderedChat(text[:start], spans, text[start:], not marked and not turn_end.closing, unread)
 
-    return _within_time(render, records)
+    return make_all(partial(_within_time, render), records)
 
 
 def gaps_between(spans: Sequence[Span], start: int, end: int) -> list[Span]:
@@ -211,28 +210,15 @@ def _unread_fields(tokenizer: Any, chat: Chat, text: str, *, generate: bool = Fa
     return tuple(unread)
 
 
-def _within_time(render: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`render` of each record or chat; some at a time, as a template's loops may have no end. Raises `DataError`."""
-    results: list[R | DataError] = []
-
-    def attempt(item: T) -> R | DataError:
-        try:
-            return render(item)
-        except DataError as wrong:
-            return wrong
-
-    for start in range(0, len(items), ROWS_RENDERED_AT_ONCE):
-        batch = items[start : start + ROWS_RENDERED_AT_ONCE]
-        try:
-            results += call_within(RENDER_SECONDS, partial(list, map(attempt, batch)))
-        except TimeoutError as endless:
-            raise DataError(
-                f"{batch[0].source}: the tokenizer's chat template does not come to an end ({endless}): correct it, or "
-                "set data.template=raw"
-            ) from endless
-    if refused := [result for result in results if isinstance(result, DataError)]:
-        raise DataError(f"{refused[0]} ({count_bad_rows(refused, len(items))})" if refused[1:] else str(refused[0]))
-    return [result for result in results if not isinstance(result, DataError)]
+def _within_time(render: Callable[[T], R], item: T) -> R:
+    """`render` of a record or chat; raises `DataError` where a template's loops have no end."""
+    try:
+        return call_within(RENDER_SECONDS, partial(render, item))
+    except TimeoutError as endless:
+        raise DataError(
+            f"{item.source}: the tokenizer's chat template does not come to an end ({endless}): correct it, or "
+            "set data.template=raw"
+        ) from endless
 
 
 def _render(tokenizer: Any, chat: Chat, *, generate: bool = False) -> tuple[str, list[Span]]:
@@ -255,10 +241,14 @@ def _render(tokenizer: Any, chat: Chat, *, generate: bool = False) -> tuple[str,
         )  # fmt: skip
         return text, marked[0] if marked else []
 
+    end = tokenizer.eos_token or "\0"
     # Most templates want the arguments of a call as objects, DeepSeek's as text; many a template adds contents up.
     reasons = []
     for as_text, empty in product((False, True), (None, "")):
         turns = [_as_template_reads(message, as_text=as_text, empty=empty) for message in chat.messages]
+        for turn in turns:  # no second end
+            if turn["role"] == "assistant" and (content := turn.get("content") or "").rstrip().endswith(end):
+                turn["content"] = content.rstrip().removesuffix(end)
         try:
             return apply(turns)
         except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as refused:

@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from prunetune.errors import DataError
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
+T = TypeVar("T")
+R = TypeVar("R")
 RecordKind = Literal["completion", "chat", "text"]
 FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message: what servers call it
@@ -106,6 +108,22 @@ def count_bad_rows(bad: Sequence[DataError], total: int) -> str:
     """How many rows are bad, and what is wrong with the next few after the first."""
     others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:SHOWN_BAD_ROWS])
     return f"{len(bad):,} of {total:,} rows cannot be used{others and f', also {others}'}"
+
+
+def make_all(make: Callable[[T], R], rows: Sequence[T]) -> list[R]:
+    """`make` of each row; raises one `DataError` for all rows that it refuses, or at once for one without an end."""
+    results: list[R] = []
+    bad: list[DataError] = []
+    for row in rows:
+        try:
+            results.append(make(row))
+        except DataError as wrong:
+            bad.append(wrong)
+            if isinstance(wrong.__cause__, TimeoutError):
+                break
+    if bad:
+        raise DataError(f"{bad[0]} ({count_bad_rows(bad, len(rows))})" if bad[1:] else str(bad[0])) from bad[0]
+    return results
 
 
 def record_from_row(
@@ -251,6 +269,9 @@ def _index(value: Any, choices: tuple[str, ...]) -> int:
         if (same := _same_text(value, choices)) is not None:
             return same
         text = value.strip()
+        named = re.fullmatch(r"\(?([A-Za-z])[).:]+\s*(\S.*)", text)  # "B. liver"
+        if named and _same_text(named[2], choices) == (number := string.ascii_uppercase.index(named[1].upper())):
+            return number
         if re.fullmatch(r"\d{1,8}(\.0)?", text, re.ASCII):
             value = int(float(text))
         elif len(letter := text.strip("().:").upper()) == 1 and letter in string.ascii_uppercase:

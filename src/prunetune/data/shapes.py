@@ -56,7 +56,7 @@ OVERRIDDEN = {  # the fields of a row's own that a field of a template or of dat
 }
 ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
-ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
+ROLES |= dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool")
 RENAMED = (("role", "from"), ("content", "value"))
 MESSAGE_FIELDS = {
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", *LOSS_FIELDS,
@@ -205,7 +205,7 @@ def _turns(turns: Collection[Any], name: str) -> list[Any]:
         turn = dict(value) if isinstance(value, Mapping) else {}
         turn = {key: turn.pop(old) for key, old in RENAMED if old in turn and key not in turn} | turn
         role, content = turn.get("role"), turn.get("content")
-        if role == "function_call":
+        if role in ("function_call", "tool_call"):
             turn |= {"role": "assistant", "content": "", "function_call": _from_json(content, where)}
         elif isinstance(role, str):
             turn["role"] = ROLES.get(role.strip().lower(), role)

@@ -76,7 +76,10 @@ def _merge(name: str, base: str, folder: Path, merged: Path) -> None:
     from peft import PeftModel
     from safetensors import safe_open
 
-    loaded = load_model_and_tokenizer(base, device=torch.device("cpu"), dtype=torch.float32)
+    try:
+        loaded = load_model_and_tokenizer(base, device=torch.device("cpu"), dtype=torch.float32)
+    except ModelError as missing:
+        raise ModelError(f"model {name}: an adapter, and its base cannot be opened ({missing})") from missing
     model: Any = loaded.model
     with reading_model_files(
         f"model {name}: an adapter that does not fit {base}", "name its own base, or save it again"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.records import Record, count_bad_rows
+from prunetune.data.records import Record, make_all
 from prunetune.data.shapes import without_overridden_fields
 from prunetune.data.sources import SourceRow, read_rows
 from prunetune.data.templates import RowRenderer, compile_expression, compile_template
@@ -26,15 +26,7 @@ def build_prompts(task: Task) -> tuple[Prompt, ...]:
     rows = read_rows(task.options.data, DataConfig(root=task.root), task.options.split)
     sample = stable_sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
     renderers = _renderers(task)
-    prompts, bad = [], []
-    for row in sample:
-        try:
-            prompts.append(_build_prompt(row, task, renderers))
-        except DataError as wrong:
-            bad.append(wrong)
-    if bad:
-        raise DataError(f"{bad[0]} ({count_bad_rows(bad, len(sample))})" if bad[1:] else str(bad[0]))
-    return tuple(prompts)
+    return tuple(make_all(lambda row: _build_prompt(row, task, renderers), sample))
 
 
 def _id(row: SourceRow) -> str:
