@@ -91,7 +91,8 @@ used: label (12 rows)`.
 AFTER = """
 A line end is put between prompt and answer where neither has white space there. If the columns are `prompt` and
 `completion`, or a template, nothing is added. Letters count choices from A, numbers from 0. A letter or number that
-is the text of a choice means that choice. Of `chosen` and `rejected`, `chosen` is tuned on.
+is the text of a choice means that choice. Of `chosen` and `rejected`, `chosen` is tuned on. OpenAI's older `functions`
+and `function_call` count as tools and calls.
 
 ## Other columns
 
@@ -110,6 +111,8 @@ It holds for rows that have one of these columns. Rows without any of them are r
 
 A row without an answer, a line of broken JSON or an image stops a run before it begins. The error says how many
 rows there are and shows the first three. `data.bad_rows: drop` leaves them out and says the same in a warning.
+Rows that the model's chat template refuses are counted in the same way. Correct or remove them: `drop` does not see
+them. A name, a system message or reasoning that the template leaves out is named in a warning.
 """
 
 

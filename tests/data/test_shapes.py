@@ -173,6 +173,12 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"messages": CHAT, "tools": [json.dumps(TOOLS[0])]}, {"messages": CHAT, "tools": TOOLS}, "messages rows"),
     ({"messages": CHAT, "tools": TOOLS[0]}, {"messages": CHAT, "tools": TOOLS}, "messages rows"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL["function"]]}, ASSISTANT],
+         "tools": json.dumps([TOOLS[0]["function"]])},
+        {"messages": CALLED, "tools": TOOLS},
+        "messages rows",
+    ),
     ({"instruction": Q, "output": A, "tools": TOOLS}, {"messages": CHAT, "tools": TOOLS}, "alpaca rows; prompt from"),
     ({"prompt": [USER], "completion": [ASSISTANT]}, {"messages": CHAT}, "prompt/completion rows"),
     ({"prompt": USER, "completion": ASSISTANT}, {"messages": CHAT}, "prompt/completion rows"),

@@ -190,9 +190,8 @@ def _as_chat(shape: str, fields: Fields, turns: Any, reads: Mapping[str, tuple[s
         reads["system"] = (system,)
     if column := next((name for name in TOOLS if fields.get(name)), None):
         tools = _from_json(fields[column], column)
-        tools = [_from_json(tool, column) for tool in (tools if isinstance(tools, list) else [tools])]
-        wrapped = [{"type": "function", "function": tool} for tool in tools]
-        canonical["tools"], reads["tools"] = wrapped if column == "functions" else tools, (column,)
+        tools = [_function(tool, column) for tool in (tools if isinstance(tools, list) else [tools])]
+        canonical["tools"], reads["tools"] = tools, (column,)
     return shape, canonical, reads
 
 
@@ -210,14 +209,21 @@ def _turns(turns: Collection[Any], name: str) -> list[Any]:
         elif isinstance(role, str):
             turn["role"] = ROLES.get(role.strip().lower(), role)
         if called := turn.pop("function_call", None):  # OpenAI's older form of one call
-            turn["tool_calls"] = [{"type": "function", "function": called}]
-        if "tool_calls" in turn:
-            turn["tool_calls"] = _from_json(turn["tool_calls"], f"{where}.tool_calls")
+            turn["tool_calls"] = [called]
+        if isinstance(calls := _from_json(turn.get("tool_calls"), f"{where}.tool_calls"), list):
+            turn["tool_calls"] = [_function(call, f"{where}.tool_calls") for call in calls]
         if isinstance(content, list | tuple | Mapping):
             parts = [content] if isinstance(content, Mapping) else content
             turn["content"] = "".join(_part(part, f"{where}.content") for part in parts)
         result.append(turn or value)
     return result
+
+
+def _function(value: Any, name: str) -> Any:
+    """A tool, or a call of one, as {type, function}; it may be bare or JSON text."""
+    value = _from_json(value, name)
+    is_bare = isinstance(value, Mapping) and "name" in value and "function" not in value
+    return {"type": "function", "function": value} if is_bare else value
 
 
 def _part(part: Any, name: str) -> str:
