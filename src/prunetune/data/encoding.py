@@ -148,7 +148,7 @@ def encode_answered(records: Sequence[Record], tokenizer: Any, template: str = "
     answers = encode_answers([record.completion for record in records], tokenizer)
     examples = []
     for record, prompt, answer in zip(records, prompts, answers, strict=True):
-        if record.kind == "text" and _has_own_start(record.completion, tokenizer):
+        if record.kind == "text" and answer[:1] == prompt:  # the text has its own start token
             prompt = []
         examples.append(Example((*prompt, *answer), max(1, len(prompt)), record.id, record.weight))
     return examples
@@ -167,22 +167,17 @@ def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "a
     # A chat template writes the special tokens itself.
     chat_ids = iter(_token_ids(rendered, tokenizer, special=False))
     raw_ids = iter(_token_ids([raw_prompt(record) for record in raw], tokenizer, special=True))
-    around = _token_ids(["a"], tokenizer, special=True)[0] if raw else [-1]
-    adds_start, adds_end = around[0] == tokenizer.bos_token_id, around[-1] == tokenizer.eos_token_id
+    adds_end = bool(raw) and _token_ids(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
     prompts = []
     for record, chat in zip(records, is_chat, strict=True):
         ids = next(chat_ids) if chat else next(raw_ids)[: -1 if adds_end else None]
-        if not chat and adds_start and _has_own_start(record.prompt, tokenizer):
-            ids = ids[1:]
+        if not chat and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+            ids = ids[1:]  # the text has its own start token
         if not ids and record.kind != "text":  # without a prompt, nothing would predict the answer's first token
             start = tokenizer.bos_token_id
             ids = [_end_of_text(tokenizer) if start is None else int(start)]
         prompts.append(ids)
     return prompts
-
-
-def _has_own_start(text: str, tokenizer: Any) -> bool:
-    return bool(tokenizer.bos_token) and text.lstrip().startswith(tokenizer.bos_token)
 
 
 def raw_prompt(record: Record) -> str:

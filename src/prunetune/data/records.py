@@ -18,7 +18,6 @@ R = TypeVar("R")
 RecordKind = Literal["completion", "chat", "text"]
 FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message: what servers call it
-SHOWN_BAD_ROWS = 3
 LOSS_FIELDS = ("weight", "train", "loss_weight", "loss")  # of a message: OpenAI's, and what other trainers call it
 
 
@@ -106,14 +105,13 @@ def _normalise_text(text: str) -> str:
 
 def count_bad_rows(bad: Sequence[DataError], total: int) -> str:
     """How many rows are bad, and what is wrong with the next few after the first."""
-    others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:SHOWN_BAD_ROWS])
+    others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:3])
     return f"{len(bad):,} of {total:,} rows cannot be used{others and f', also {others}'}"
 
 
 def make_all(make: Callable[[T], R], rows: Sequence[T]) -> list[R]:
     """`make` of each row; raises one `DataError` for all rows that it refuses, or at once for one without an end."""
-    results: list[R] = []
-    bad: list[DataError] = []
+    results, bad = [], []
     for row in rows:
         try:
             results.append(make(row))
@@ -301,21 +299,16 @@ def _same_text(text: str, choices: tuple[str, ...]) -> int | None:
 def _check_answer_unambiguous(fields: Mapping[str, Any]) -> None:
     """Raises `DataError` if digits are the text of one choice and the index of another, and no completion decides."""
     value: Any = fields.get("answer")
-    value = value.removesuffix(".0") if isinstance(value, str) else value
     choices: Any = fields.get("choices")
-    is_clear = not isinstance(value, str) or not _is_digits(value) or {"completion", "messages"} & set(fields)
-    if is_clear or not _is_list(choices) or value not in choices or int(value) >= len(choices):
+    digits = re.fullmatch(r"(\d{1,8})(\.0)?", value, re.ASCII) if isinstance(value, str) else None
+    if not digits or {"completion", "messages"} & set(fields) or not _is_list(choices) or digits[1] not in choices:
         return
-    if choices[int(value)] != value:
+    if int(digits[1]) < len(choices) and choices[int(digits[1])] != digits[1]:
         raise DataError(
-            f"answer {value} is the text of choices[{choices.index(value)}] and the index of choices[{int(value)}], "
-            "and a table cannot say which; name the right choice's text in a column completion instead of answer, or "
-            'write JSON lines, where 1 is an index and "1" a text'
+            f"answer {value} is the text of choices[{choices.index(digits[1])}] and the index of "
+            f"choices[{int(digits[1])}], and a table cannot say which; name the right choice's text in a column "
+            'completion instead of answer, or write JSON lines, where 1 is an index and "1" a text'
         )
-
-
-def _is_digits(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 9
 
 
 def _name(fields: Mapping[str, Any], key: str, default: str) -> str:

@@ -25,7 +25,6 @@ PAIRS = (  # shape, the column that it is told by, the columns of its prompt, th
     ("prompt/completion", "prompt", "prompt", "completion"),
     ("alpaca", "instruction", "instruction input context", "output response answer completion chosen"),
     ("question/answer", "question", "context passage question", "answer response output completion solution chosen"),
-    ("question/answer", "question", "context passage question", "correct_answer"),
     ("question/answer", "query", "query", "response answer completion"),
     ("question/answer", "problem", "problem", "solution response answer completion"),
     ("prompt/response", "prompt", "prompt", "response output answer chosen"),
@@ -57,7 +56,6 @@ OVERRIDDEN = {  # the fields of a row's own that a field of a template or of dat
 ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool")
-RENAMED = (("role", "from"), ("content", "value"))
 MESSAGE_FIELDS = {
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", *LOSS_FIELDS,
 }  # fmt: skip
@@ -202,7 +200,8 @@ def _turns(turns: Collection[Any], name: str) -> list[Any]:
         where = f"{name}[{len(result)}]"
         value = _from_json(value, where) if isinstance(value, str) and value.lstrip().startswith("{") else value
         turn = dict(value) if isinstance(value, Mapping) else {}
-        turn = {key: turn.pop(old) for key, old in RENAMED if old in turn and key not in turn} | turn
+        renamed = (("role", "from"), ("content", "value"))
+        turn = {key: turn.pop(old) for key, old in renamed if old in turn and key not in turn} | turn
         role, content = turn.get("role"), turn.get("content")
         if role in ("function_call", "tool_call"):
             turn |= {"role": "assistant", "content": "", "function_call": _from_json(content, where)}
