@@ -141,6 +141,11 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"messages": json.dumps(CHAT)}, {"messages": CHAT}, "messages rows"),
     ({"conversation": CHAT}, {"messages": CHAT}, "messages rows; messages from conversation"),
+    (
+        {"messages": CHAT, "choices": json.dumps(PARTS), "answer": 0},
+        {"messages": CHAT, "choices": PARTS, "answer": 0},
+        "messages rows",
+    ),
     ({"messages": CHAT, "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}, "messages rows"),
     ({"messages": CHAT, "tools": TOOLS}, {"messages": CHAT, "tools": TOOLS}, "messages rows"),
     (

@@ -181,6 +181,7 @@ def _text(fields: Fields) -> Recognised | None:
 def _as_chat(shape: str, fields: Fields, turns: Any, reads: Mapping[str, tuple[str, ...]]) -> Recognised:
     """A row of messages, with the system prompt and the tools that have columns of their own."""
     canonical: Fields = {"messages": turns} | {key: fields[key] for key in ("choices", "answer") if key in reads}
+    canonical |= {"choices": _from_json(fields["choices"], "choices")} if "choices" in reads else {}
     reads, system = dict(reads), next((name for name in SYSTEM if str(fields.get(name, "")).strip()), None)
     first = turns[0] if isinstance(turns, list) and turns else None
     if system and isinstance(first, Mapping) and first.get("role") not in ("system", "developer"):
