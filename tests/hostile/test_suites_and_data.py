@@ -263,7 +263,7 @@ def test_own_processes_import_nothing_from_the_working_folder() -> None:
     """A program text is given with -P, without which Python would look for modules in the working folder first."""
     texts = {path: path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
     starts = [match for text in texts.values() for match in re.findall(r'\[sys\.executable, ("[^"]*")', text)]
-    assert len(starts) >= 4
+    assert len(starts) >= 3
     assert set(starts) == {'"-P"'}
 
 
