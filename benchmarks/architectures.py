@@ -142,6 +142,7 @@ def check(name: str, model_type: str, model: Any, folder: Path) -> Row:
     units = [kind for kind in (USUAL if UnitKind.MLP_CHANNEL not in unprunable else OF_MIXTURES) if kind in kinds]
     sites = find_sites(dense, units)
     layouts = []
+    torch.manual_seed(0)
     for layout in ("uniform", "per-layer"):
         model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval().requires_grad_(False)
         scores = {site.name: torch.rand(site.units) for site in sites}

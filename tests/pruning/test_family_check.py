@@ -62,6 +62,13 @@ def test_architecture_without_entry_is_cut_and_written_as_masked(family: str, tm
     assert relative(logits(opened), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("family", "least"), [("glm_moe_dsa", 1), ("glm4_moe", 0)])
+def test_attention_that_cannot_be_removed_keeps_a_group(family: str, least: int) -> None:
+    """Layers of GLM 5 read a third result of their attention, which an empty one does not give."""
+    groups = [site for site in find_sites(small(family), ("kv-groups",)) if site.kind is UnitKind.KV_GROUP]
+    assert [site.min_units_per_group for site in groups] == [1, *[least] * (len(groups) - 1)]
+
+
 def test_linear_attention_of_a_hybrid_stays_whole() -> None:
     model = small("qwen3_5_text")
     of_heads = {site.layer for site in find_sites(model) if site.kind is UnitKind.KV_GROUP}

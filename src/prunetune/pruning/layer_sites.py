@@ -137,8 +137,10 @@ class LayerSites:
         has_sinks = bool(self.architecture.family.attention_sinks)
         name, sites = consumer.rpartition(".")[0], []
         if has_groups:
-            # An output bias outlives the last group, which a layer without attention cannot express.
-            min_groups = self.first_of_type or output.bias is not None or UnitKind.ATTENTION_BLOCK in self.kinds
+            # An output bias outlives the last group, which a layer without attention cannot express; and some models
+            # do not run without it.
+            blocks = {*self.kinds, *self.architecture.unprunable}
+            min_groups = self.first_of_type or output.bias is not None or UnitKind.ATTENTION_BLOCK in blocks
             ratio = heads.queries_per_kv_head
             weights = SiteWeights(
                 producers=group_rows,
