@@ -82,6 +82,10 @@ FAILURES = (
         "no permission to read or write {file}: change its permissions, or name another folder with --out",
     ),
     FailureRule(
+        lambda error: isinstance(error, NotADirectoryError),
+        "{file}: a part of this path is a file, no folder: name another by --out, or by PRUNETUNE_CACHE for the cache",
+    ),
+    FailureRule(
         is_out_of_memory,
         "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then continue with --resume; "
         "in eval and check lower --max-tokens",

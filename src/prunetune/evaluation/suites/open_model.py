@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from prunetune.evaluation.suites.llamacpp import LlamaCpp
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
+from prunetune.manifest import Manifest
+from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
     load_model_and_tokenizer,
@@ -80,7 +83,15 @@ def reference_of_run(name: str) -> tuple[str, str]:
     Raises `ModelError` for what is no run folder.
     """
     run = expand_path(name)
-    for folder in (run, run.parent.parent) if read_run_config(run) else ():  # the second for one of several sizes
+    config = read_run_config(run)
+    with suppress(OSError, ValueError):  # without a manifest, what the base was is not known
+        identity = Manifest.from_json(read_text(run / "manifest.json")).model.identity
+        if config and identity and (changes := ModelIdentity(config.model).changes_since(identity)):
+            raise ModelError(
+                f"{name}: its model {config.model} is not the one that the run began with ({changes}): put the old "
+                "files back, or name the reference with --against"
+            )
+    for folder in (run, run.parent.parent) if config else ():  # the second for one of several sizes
         if (adapter := folder / "tuned" / "adapter").is_dir():
             return str(adapter), "the dense model, tuned on the run's data"
     return dense_model_of_run(name), "the untuned dense model: the run has no tuned one"
@@ -120,9 +131,10 @@ def _read_results(path: Path) -> Evaluation:
 
 
 def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
-    return LlamaCpp(
-        check_gguf_file(path), f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0)
-    )
+    fingerprint = f"llama.cpp {files_hash([check_gguf_file(path)], store)}"
+    with suppress(PackageNotFoundError):  # told where it is started
+        fingerprint += f" xllamacpp {version('xllamacpp')}"
+    return LlamaCpp(path, fingerprint, timeout=max(options.timeout, 600.0))
 
 
 def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> Backend:
