@@ -158,4 +158,4 @@ def test_cache_that_is_a_file_is_told_in_one_line(base: Path, tmp_path: Path, mo
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(NotADirectoryError) as error:
         load_meta_model(str(tmp_path / "own"))
-    assert "name another by --out, or by PRUNETUNE_CACHE" in (explain_failure(error.value) or "")
+    assert "leads through a file: name another path" in (explain_failure(error.value) or "")

@@ -45,7 +45,7 @@ def _read_text(path: Path) -> str:
     try:
         data = pa.input_stream(str(path), compression=compression).read() if compression else path.read_bytes()
     except (OSError, pa.ArrowException) as broken:
-        advice = f"not readable as {path.suffix} ({_one_line(broken)}); compress it again"
+        advice = f"not readable as {path.suffix} ({shorten(str(broken), 200)}); compress it again"
         if isinstance(broken, OSError) and broken.strerror:
             advice = f"cannot be read ({broken.strerror}); name a file that this user may open"
         raise DataError(f"{path}: {advice}") from broken
@@ -176,7 +176,7 @@ def _excel(path: Path) -> NumberedRows:
         sheets = {sheet.title: list(_filled_rows(sheet)) for sheet in book.worksheets}
         book.close()
     except Exception as broken:  # of zip, XML or what is missing in it: openpyxl lets them through
-        raise DataError(f"{path}: not readable as Excel ({_one_line(broken)}); save it again as .xlsx") from broken
+        raise DataError(f"{path}: not readable as Excel ({shorten(str(broken), 200)}); save it as .xlsx") from broken
     tables = [filled for filled in sheets.values() if filled]
     if len(tables) > 1:
         raise DataError(f"{path}: {len(tables)} sheets hold rows ({', '.join(sheets)}); save each as a file of its own")
@@ -240,7 +240,7 @@ def _arrow_rows(read: Callable[[], Any], path: Path, name: str) -> NumberedRows:
         _distinct(table.schema.names, path)
         rows = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as broken:  # two fields of one name within a column, too
-        raise DataError(f"{path}: not readable as {name} ({_one_line(broken)}); write it again") from broken
+        raise DataError(f"{path}: not readable as {name} ({shorten(str(broken), 200)}); write it again") from broken
     yield from enumerate(map(without_nulls, rows), 1)
 
 
@@ -249,10 +249,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # By ending. Each raises `DataError` with file and line if a file cannot be read.

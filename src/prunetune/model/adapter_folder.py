@@ -20,21 +20,19 @@ from prunetune.utils.files import atomic_folder, sha256
 from prunetune.utils.untrusted import parse_json, shorten
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-UNMERGED = ("megatron_config", "layer_replication")  # which import a module, or build layers without end
-COSTLY_PATTERN = re.compile(r"[(\[{]|[*+].*[*+]")  # a regular expression that may take forever
 
 
 def merge_adapter_folder(name: str, folder: Path) -> Path:
     """The model folder of an adapter and its base, in the dtype of the base; made on first use.
 
-    Raises `ModelError` for adapters other than LoRA, and where base and adapter do not fit.
+    Raises `ModelError` for adapters other than LoRA or that repeat layers, and where base and adapter do not fit.
     """
     config, base = _read_config(name, folder)
     verify_checksums(folder)
-    kind, other = config.get("peft_type"), [key for key in UNMERGED if config.get(key)]
+    kind, other = config.get("peft_type"), next(filter(config.get, ("megatron_config", "layer_replication")), "")
     if kind != "LORA" or other:
         raise ModelError(
-            f"model {name}: an adapter of type {kind}{f' with {other[0]}' if other else ''}, and only LoRA is merged "
+            f"model {name}: an adapter of type {kind}{f' with {other}' if other else ''}, and only LoRA is merged "
             "here: merge it first, by PEFT's merge_and_unload(), and name the folder that its save_pretrained writes"
         )
     if not (folder / WEIGHTS_FILE).is_file():
@@ -49,11 +47,10 @@ def merge_adapter_folder(name: str, folder: Path) -> Path:
         path = Path(resolve_model_path(base))
     except ModelError as missing:
         raise ModelError(
-            f"model {name}: an adapter of {base}, which is not here ({missing}); correct base_model_name_or_path in "
-            f"{CONFIG_FILE}"
+            f"model {name}: an adapter of {base}, which is not here ({missing}); correct {CONFIG_FILE}"
         ) from missing
-    commit = "" if path.is_dir() else cached_hub_file(base, "config.json")
-    digests = [sha256(folder / WEIGHTS_FILE), sha256(folder / CONFIG_FILE), f"{path}{commit}"]
+    place = path if path.is_dir() else cached_hub_file(base, "config.json")  # whose path has the commit
+    digests = [sha256(folder / WEIGHTS_FILE), sha256(folder / CONFIG_FILE), f"{base}/{place}"]
     digests += [f"{file.name}/{file.stat().st_size}/{file.stat().st_mtime_ns}" for file in sorted(path.glob("*.*"))]
     key = hashlib.sha256("/".join(digests).encode()).hexdigest()[:16]
     merged = cache_folder() / "adapters" / f"{folder.resolve().name}-{key}"
@@ -67,11 +64,10 @@ def _read_config(name: str, folder: Path) -> tuple[dict[str, Any], str]:
     with reading_model_files(f"model {name}: {CONFIG_FILE}", "save the adapter again"):
         config = dict(parse_json((folder / CONFIG_FILE).read_bytes()))
         base = str(config.get("base_model_name_or_path") or "")
-        Path(base).resolve()  # raises where no folder can have the name
         patterns = {**(config.get("rank_pattern") or {}), **(config.get("alpha_pattern") or {})}
-        if costly := next(filter(COSTLY_PATTERN.search, patterns), None):
+        if costly := next((key for key in patterns if re.search(r"[(\[{]|[*+].*[*+]", key)), ""):  # may take forever
             raise ValueError(f"it holds the pattern {shorten(costly)}, where names of modules are read")
-        is_inside = (folder / base).is_dir() and not Path(base).is_dir()
+        is_inside = (folder / base).resolve().is_dir() and not Path(base).is_dir()
     return config, str(folder / base) if is_inside else base
 
 
@@ -99,9 +95,7 @@ def _merge(name: str, base: str, folder: Path, merged: Path) -> None:
 
     loaded = load_model_and_tokenizer(base, device=torch.device("cpu"), dtype=torch.float32)
     model: Any = loaded.model
-    with reading_model_files(
-        f"model {name}: an adapter that does not fit {base}", "name its own base, or save it again"
-    ):
+    with reading_model_files(f"model {name}: an adapter that does not fit {base}", "name its base, or save it again"):
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 - no mapping
         rows = [shape[0] for key, shape in shapes.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]

@@ -272,13 +272,10 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         file = context.folder.evaluation_file(name)
         if file.exists():
             try:
-                is_old = Evaluation.from_json(read_text(file)).counts_ends()
+                if Evaluation.from_json(read_text(file)).counts_ends():
+                    log.warning("%s is of 0.1.0, whose NLL counts the end of an answer: remove it to score anew", file)
             except (OSError, ValueError, DataError) as broken:
                 raise RunFolderError(f"{file} cannot be read ({broken}): remove it to score anew") from broken
-            if is_old:
-                log.warning(
-                    "%s is of version 0.1.0, whose NLL counts the end of an answer: remove it to score anew", file
-                )
             continue
         model = load_model(context, name)
         context.console.stage(f"evaluate {name}", 1)

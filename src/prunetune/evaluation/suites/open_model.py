@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from prunetune.model.loading import (
     resolve_model_path,
 )
 from prunetune.utils.files import expand_path
+from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
 
 
@@ -88,8 +89,7 @@ def reference_of_run(name: str) -> tuple[str, str]:
         identity = Manifest.from_json(read_text(run / "manifest.json")).model.identity
         if config and identity and (changes := ModelIdentity(config.model).changes_since(identity)):
             raise ModelError(
-                f"{name}: its model {config.model} is not the one that the run began with ({changes}): put the old "
-                "files back, or name the reference with --against"
+                f"{name}: its dense model changed since ({changes}): put it back, or name one by --against"
             )
     for folder in (run, run.parent.parent) if config else ():  # the second for one of several sizes
         if (adapter := folder / "tuned" / "adapter").is_dir():
@@ -131,9 +131,9 @@ def _read_results(path: Path) -> Evaluation:
 
 
 def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
-    fingerprint = f"llama.cpp {files_hash([check_gguf_file(path)], store)}"
-    with suppress(PackageNotFoundError):  # told where it is started
-        fingerprint += f" xllamacpp {version('xllamacpp')}"
+    check_gguf_file(path)
+    require_installed("xllamacpp", extra="llamacpp", use=f"model {path}")
+    fingerprint = f"llama.cpp {files_hash([path], store)} xllamacpp {version('xllamacpp')}"
     return LlamaCpp(path, fingerprint, timeout=max(options.timeout, 600.0))
 
 
