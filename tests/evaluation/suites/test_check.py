@@ -363,7 +363,7 @@ def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Pa
         (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
         (
             ("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"),
-            "suite.yaml.json: evaluation has format 3",
+            "suite.yaml.json: cannot be read (evaluation has format 3",
         ),
         (("eval", "http:///v1", "--suite", "{suite}"), "is no URL"),
         (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not available"),

@@ -124,10 +124,8 @@ def list_run_sizes(run: Path) -> list[Path]:
 def _read_results(path: Path) -> Evaluation:
     try:
         return Evaluation.from_json(read_text(path))
-    except (OSError, ValueError) as missing:
-        raise DataError(f"{path}: cannot be read ({missing}); name a file that prunetune eval --out wrote") from missing
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    except (OSError, ValueError, DataError) as broken:
+        raise DataError(f"{path}: cannot be read ({broken}); name a file that prunetune eval --out wrote") from broken
 
 
 def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
