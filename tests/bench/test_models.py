@@ -69,6 +69,7 @@ def test_unknown_and_unreadable_models_are_refused(tmp_path: Path, run: Path, mo
     for name, says in {
         str(tmp_path / "none"): "not a model folder",
         str(tmp_path): "no config.json",
+        "http://user:hunter2@host/v1": "^(?!.*hunter2).*an address is no model: only eval and check ask endpoints",
         str(tmp_path / "a.gguf"): "no such file",
     }.items():
         with pytest.raises(ModelError, match=says):

@@ -110,6 +110,12 @@ def test_costs_are_every_combination_of_measured_tracks() -> None:
     assert len(tracks_of("mix", both, shape)) == 4
 
 
+def test_table_without_a_layer_of_the_model_is_refused() -> None:
+    shape = shape_of(["kv-groups"])
+    with pytest.raises(ConfigError, match=r"lacks a layer of this model; leave budget.table out"):
+        tracks_of("mix", replace(table_of(shape), layers={track: {} for track in TRACKS}), shape)
+
+
 def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     table = table_of(shape_of(["kv-groups"]))
     (tmp_path / "table.json").write_text(table.to_json(), encoding="utf-8")

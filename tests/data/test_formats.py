@@ -7,8 +7,10 @@ import gzip
 import json
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +21,7 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import read_records, read_rows
 from prunetune.errors import PrunetuneError
+from prunetune.utils.untrusted import parse_json
 from support.data import pairs
 
 ROWS = pairs(3)
@@ -135,6 +138,64 @@ def test_sheets_that_hold_no_table_are_refused(sheets: Any, message: str, tmp_pa
     code, out, err = say("data", workbook(tmp_path / "a.xlsx", *sheets))
     assert (code, out) == (2, "")
     assert message in err
+
+
+def edited(path: Path, *changes: tuple[str, str]) -> Path:
+    """A workbook of one row under a header, with changes of its sheet's XML."""
+    with ZipFile(workbook(path.with_suffix(".zip"), [["prompt", "completion"], ["a", "b"]])) as parts:
+        files = {name: parts.read(name) for name in parts.namelist()}
+    (name,) = [name for name in files if name.endswith("sheet2.xml")]
+    with ZipFile(path, "w", ZIP_DEFLATED) as parts:
+        for part, content in files.items():
+            for old, new in changes if part == name else ():
+                assert old.encode() in content
+                content = content.replace(old.encode(), new.encode())
+            parts.writestr(part, content)
+    return path
+
+
+LAST = (('<row r="2"', '<row r="1048576"'), ('"A2"', '"A1048576"'), ('"B2"', '"B1048576"'))
+ENTITIES = "".join(f'<!ENTITY {name} "{20 * ("&" + inner + ";")}">' for inner, name in pairwise("abcdefgh"))
+SHEETS = {
+    "more rows than Excel has": (
+        [('<row r="2"', '<row r="99999999"'), ('"A2"', '"A99999999"'), ('"B2"', '"B99999999"')],
+        "more than 1,048,576 rows",
+    ),
+    "rows of all columns": ([("<sheetData>", "<sheetData>" + '<row><c r="XFD1"/></row>' * 2050)], "33,554,432 cells"),
+    "entities": (
+        [("<worksheet ", f'<!DOCTYPE l [<!ENTITY a "blow">{ENTITIES}]><worksheet '), ("<t>b<", "<t>&h;<")],
+        "not readable as Excel",
+    ),
+    "a gibibyte of blanks": ([("</sheetData>", f"{' ' * (2**20)}</sheetData>")], "bytes once unpacked"),
+}
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_sheet_beyond_bounds_is_refused(name: str, tmp_path: Path, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "a gibibyte of blanks":
+        monkeypatch.setattr("prunetune.data.formats.MAX_BYTES", 2**20)
+    changes, message = SHEETS[name]
+    code, out, err = say("data", edited(tmp_path / "a.xlsx", *changes))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize("size", ["A1:B2", "A1:XFD1048576", "A1"])
+def test_rows_of_a_sheet_are_read_whatever_it_says_of_its_size(size: str, tmp_path: Path) -> None:
+    file = edited(tmp_path / "a.xlsx", ("A1:B2", size), *LAST)
+    (row,) = read_rows([str(file)], DataConfig(), "train")
+    assert (row.fields, row.source) == ({"prompt": "a", "completion": "b"}, f"{file}:1048576")
+
+
+def test_names_of_many_columns_and_fields_are_compared_in_linear_time(tmp_path: Path) -> None:
+    """Compared with each other, a hundred thousand take hours."""
+    names = [f"c{number}" for number in range(100_000)]
+    (tmp_path / "a.csv").write_text(f"{','.join(names)}\n{','.join(names)}\n")
+    (row,) = read_rows(["a.csv"], DataConfig(root=str(tmp_path)), "train")
+    assert row.fields == dict(zip(names, names, strict=True))
+    fields = ",".join(f'"{name}": 1' for name in [*names, names[-1]])
+    with pytest.raises(ValueError, match="two fields are called c99999"):
+        parse_json(f"{{{fields}}}", unique_keys=True)
 
 
 def test_excel_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Any) -> None:

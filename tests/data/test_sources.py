@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from prunetune.config.recipe import DataConfig
+from prunetune.config.recipe import DataConfig, RunConfig
+from prunetune.config.recipe_paths import start_from_recipe
 from prunetune.data.sources import Source, read_records
 from prunetune.errors import DataError, MissingPackage
 from support.data import pairs, write_lines
@@ -132,6 +133,16 @@ def test_root_with_glob_characters_is_read_literally(tmp_path: Path) -> None:
 def test_weights_are_above_zero_and_finite(weight: str) -> None:
     with pytest.raises(DataError, match="weight must be above 0"):
         Source.parse(f"a.jsonl*{weight}")
+
+
+def test_glob_whose_stars_multiply_is_refused_before_it_is_matched(tmp_path: Path) -> None:
+    """In forty folders within each other, twelve of them would try more than 10**11 paths."""
+    (tmp_path / ("a/" * 40)).mkdir(parents=True)
+    glob = "**/" * 12 + "x.jsonl"
+    with pytest.raises(DataError, match=r"more than 3 \*\* take too long"):
+        read_records([glob], DataConfig(root=str(tmp_path)), "train")
+    (tmp_path / "recipe.yaml").write_text("")
+    assert start_from_recipe(RunConfig, {"data": {"train": [glob]}}, tmp_path / "recipe.yaml", has_root=False)
 
 
 BROKEN = [

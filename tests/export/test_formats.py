@@ -146,6 +146,11 @@ def change_plan(run: Path) -> None:
     file.write_text(json.dumps(values))
 
 
+def name_no_activation(run: Path) -> None:
+    file = run / "model" / "config.json"
+    file.write_text(file.read_text().replace('"silu"', '"none"'))
+
+
 DAMAGES = {
     "torn": (lambda run: cut_short(run / "model" / "model.safetensors"), ModelError, "not whole"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), ModelError, "no weights"),
@@ -155,6 +160,7 @@ DAMAGES = {
     "another plan": (change_plan, PlanError, "keeps 1 units at model.layers.1.mlp .* another model"),
     "no plan": (lambda run: (run / "model" / "plan.json").write_text("{}"), PlanError, "not a plan"),
     "no configuration": (lambda run: cut_short(run / "model" / "config.json"), ModelError, "cannot be read"),
+    "no activation": (name_no_activation, ModelError, "config.json: KeyError: 'none'; write the model again"),
     "unfinished": (lambda run: (run / "model").rename(run / "gone"), ModelError, "--resume"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from prunetune.errors import ModelError
+from prunetune.model import adapter_folder
+from prunetune.model.adapter_folder import write_adapter_folder
+from prunetune.model.checksums import CHECKSUM_FILE
 from prunetune.model.loading import load_meta_model, load_model_and_tokenizer
+from prunetune.utils.failures import explain_failure
 from support.evaluation import characters, speaker
 from support.models import relative, tokens
 
@@ -94,3 +99,76 @@ def test_folder_above_an_adapter_is_refused_by_naming_the_adapter(base: Path, tm
     write_adapter(base, step, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ModelError, match=r"the folder has no config\.json; name one in it that has, .*checkpoint-5$"):
         load_meta_model(str(tmp_path / "out"))
+
+
+def edited(folder: Path, file: str, **changes: Any) -> str:
+    """An adapter folder with changes of its configuration."""
+    (folder / CHECKSUM_FILE).unlink(missing_ok=True)
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+ENDLESS = "(a|a)*(.|.)*(.|.)*b"  # a pattern that takes forever on a module's name
+
+
+def test_adapter_of_a_stranger_neither_hangs_nor_goes_in_circles(base: Path, tmp_path: Path) -> None:
+    write_adapter(base, tmp_path / "own", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    expected = load_model_and_tokenizer(str(tmp_path / "own"), **ON_CPU).model(tokens()).logits
+
+    def changed(name: str = "other", **changes: Any) -> str:
+        shutil.copytree(tmp_path / "own", tmp_path / name, dirs_exist_ok=True)
+        return edited(tmp_path / name, "adapter_config.json", **changes)
+
+    for patterns in ({"target_modules": ENDLESS}, {"exclude_modules": ENDLESS}):
+        loaded = load_model_and_tokenizer(changed(**patterns), **ON_CPU)
+        assert relative(loaded.model(tokens()).logits, expected) < 1e-6
+    refused = {
+        "alpha_pattern": ({ENDLESS: 8}, r"it holds the pattern \(a"),
+        "rank_pattern": (5, "not a mapping"),
+        "layer_replication": ([[0, 3]] * 1000, "LORA with layer_replication, and only LoRA"),
+        "base_model_name_or_path": ("a\0b", "embedded null byte"),
+    }
+    for key, (value, message) in refused.items():
+        with pytest.raises(ModelError, match=message) as error:
+            load_meta_model(changed(**{key: value}))
+        assert "\n" not in str(error.value)
+    changed("third", base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ModelError, match="names no base"):
+        load_meta_model(changed(base_model_name_or_path=str(tmp_path / "third")))
+
+
+def test_adapter_of_a_run_is_verified(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapted = write_adapter(base, tmp_path / "peft", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    write_adapter_folder(adapted.base_model.model, folder, str(base))
+    load_meta_model(str(folder))
+    content = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    content[-1] ^= 64
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is not what was written"):
+        load_meta_model(str(folder))
+
+
+def test_adapter_is_merged_anew_into_another_commit_of_its_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub name is no folder whose files could be compared."""
+    write_adapter(base, tmp_path / "own", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    folder, merged = edited(tmp_path / "own", "adapter_config.json", base_model_name_or_path="owner/name"), []
+    monkeypatch.setattr(adapter_folder, "_merge", lambda *_: None)
+    for commit in ("1", "1", "2"):
+        monkeypatch.setattr(
+            adapter_folder, "cached_hub_file", lambda *_, at=commit: Path(f"snapshots/{at}/config.json")
+        )
+        merged.append(adapter_folder.merge_adapter_folder(folder, Path(folder)))
+    assert merged[0] == merged[1] != merged[2]
+
+
+def test_cache_that_is_a_file_is_told_in_one_line(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_adapter(base, tmp_path / "own", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NotADirectoryError) as error:
+        load_meta_model(str(tmp_path / "own"))
+    assert "leads through a file: name another path" in (explain_failure(error.value) or "")

@@ -11,6 +11,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -536,3 +537,19 @@ def test_distill_texts_are_used_with_a_teacher_only_and_the_dense_model_is_tuned
 def test_distill_texts_without_a_teacher_are_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.distill_texts needs a teacher .* set distill\.teacher"):
         config_of(workspace, tmp_path / "run", data={"distill_texts": ["a.jsonl"]}, distill={"teacher": "none"})
+
+
+@pytest.mark.parametrize("content", [b"null", b"{", b"\xff", b'{"format": 1, "tasks": 5}'])
+def test_scores_that_cannot_be_read_are_named_on_resume(content: bytes, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    context: Any = SimpleNamespace(folder=folder)
+    file = folder.evaluation_file("dense")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"dense\.json cannot be read .*: remove it to score anew") as error:
+        stages.evaluate_models(context, ["dense"])
+    assert "\n" not in str(error.value)
+    file.unlink()
+    os.mkfifo(file)  # whose reader would wait for ever
+    with pytest.raises(RunFolderError, match="it is no regular file"):
+        stages.evaluate_models(context, ["dense"])

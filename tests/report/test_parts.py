@@ -245,6 +245,13 @@ def test_speed_within_the_noise_is_an_uncertain_verdict(tmp_path: Path) -> None:
     assert tile.tone == "plain"
 
 
+def test_manifest_that_lost_its_facts_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"a": 5}')
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "pruned.json").write_text(Evaluation({}).to_json())
+    assert "self-check          nan relative (limit nan)" in render_run(tmp_path)
+
+
 def test_speed_has_its_spread_on_pages_and_in_the_terminal(tmp_path: Path) -> None:
     folder = make_sizes(tmp_path / "run")
     size_folder = folder / "sizes" / "0.8"

@@ -21,10 +21,11 @@ def render_run(folder: Path) -> str:
     dense, pruned, check = manifest.model, manifest.pruned, manifest.selfcheck
     gone = [share_saved(dense.params, pruned.params), share_saved(dense.decoder_params, pruned.decoder_params)]
     of_all, of_decoder = ("" if share is None else f"  ({100 * share:.1f}% removed)" for share in gone)
+    largest = math.nan if check.max_relative is None else check.max_relative  # of a manifest that lost its facts
     lines = [
         f"all parameters      {_millions(dense.params, pruned.params)}{of_all}",
         f"decoder parameters  {_millions(dense.decoder_params, pruned.decoder_params)}{of_decoder}",
-        f"self-check          {check.max_relative:.1e} relative (limit {check.limit:.0e})",
+        f"self-check          {largest:.1e} relative (limit {check.limit or math.nan:.0e})",
         *_measured_budget_lines(manifest.budgets),
         *_validation_limit_lines(manifest.limits, manifest.validation),
         *_limits(manifest.gain.limits),

@@ -15,6 +15,7 @@ from prunetune.config.fields import fields_by_path
 from prunetune.utils.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
+MAX_DEEP_STARS = 3  # ** in a glob: each multiplies the paths that are tried
 WEIGHT = re.compile(r"\*[-+.\de]+$")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?([:@#][\w./-]+)*")
 
@@ -84,4 +85,4 @@ def _rebased(value: Any, folder: Path, option: str, *, is_saved: bool) -> Any:
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(path) or any(glob.iglob(path, recursive=True))
+    return os.path.exists(path) or (path.count("**") <= MAX_DEEP_STARS and any(glob.iglob(path, recursive=True)))

@@ -185,6 +185,8 @@ def latency_costs(
         host, device = f"{name}.host", f"{name}.device"
         is_measured = table.outside_layers[host] or any(timing.dense for timing in table.layers[host].values())
         tracks = [host, device] if is_measured else [device]
+        if not all(set(representative_layers(dense_shape).values()) <= table.layers[track].keys() for track in tracks):
+            raise ConfigError(f"the latency table lacks a layer of this model; {REMEDY}")
         choices.append([(track, times) for track in tracks])
     return tuple(LatencyCost(dense_shape, table, tracks) for tracks in itertools.product(*choices))
 

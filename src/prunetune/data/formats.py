@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from prunetune.errors import DataError
 from prunetune.utils.optional import require_installed
-from prunetune.utils.untrusted import parse_json, shorten
+from prunetune.utils.untrusted import MAX_BYTES, parse_json, shorten
 
 log = logging.getLogger(__name__)
 # A row that cannot be read is an error in its place, so that bad rows can be counted.
@@ -23,6 +24,7 @@ NumberedRows = Iterator[tuple[int, Any]]
 NESTED = {"choices", "messages"}  # written as JSON in a cell of CSV
 UNTYPED = (".csv", ".tsv", ".xlsx")  # all other cells are text
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+MAX_SHEET_ROWS, MAX_SHEET_CELLS = 2**20, 2**25  # of rows, Excel itself has no more
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -43,7 +45,7 @@ def _read_text(path: Path) -> str:
     try:
         data = pa.input_stream(str(path), compression=compression).read() if compression else path.read_bytes()
     except (OSError, pa.ArrowException) as broken:
-        advice = f"not readable as {path.suffix} ({_one_line(broken)}); compress it again"
+        advice = f"not readable as {path.suffix} ({shorten(str(broken), 200)}); compress it again"
         if isinstance(broken, OSError) and broken.strerror:
             advice = f"cannot be read ({broken.strerror}); name a file that this user may open"
         raise DataError(f"{path}: {advice}") from broken
@@ -168,19 +170,33 @@ def _excel(path: Path) -> NumberedRows:
     from openpyxl import load_workbook
 
     try:
+        with ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes once unpacked")
         book = load_workbook(path, read_only=True, data_only=True)
-        sheets = {sheet.title: list(enumerate(sheet.iter_rows(values_only=True), 1)) for sheet in book.worksheets}
+        sheets = {sheet.title: list(_filled_rows(sheet)) for sheet in book.worksheets}
         book.close()
     except Exception as broken:  # of zip, XML or what is missing in it: openpyxl lets them through
-        raise DataError(f"{path}: not readable as Excel ({_one_line(broken)}); save it again as .xlsx") from broken
-    rows = [[(line, [_cell_text(cell) for cell in cells]) for line, cells in sheet] for sheet in sheets.values()]
-    tables = [filled for sheet in rows if (filled := [(line, cells) for line, cells in sheet if any(cells)])]
+        raise DataError(f"{path}: not readable as Excel ({shorten(str(broken), 200)}); save it as .xlsx") from broken
+    tables = [filled for filled in sheets.values() if filled]
     if len(tables) > 1:
         raise DataError(f"{path}: {len(tables)} sheets hold rows ({', '.join(sheets)}); save each as a file of its own")
     for (_, names), *table in tables:
         header = _distinct(names, path)
         for line, cells in table:
             yield line, _csv_row(header, cells, f"{path}:{line}")
+
+
+def _filled_rows(sheet: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows that hold a text, numbered; raises `ValueError` beyond what a sheet can have, or a file should."""
+    sheet.reset_dimensions()  # what a file says of its size may be wrong, and rows beyond it would be lost
+    cells_read = 0
+    for line, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+        cells_read += len(cells)
+        if line > MAX_SHEET_ROWS or cells_read > MAX_SHEET_CELLS:
+            raise ValueError(f"more than {MAX_SHEET_ROWS:,} rows or {MAX_SHEET_CELLS:,} cells")
+        if any(texts := [_cell_text(cell) for cell in cells]):
+            yield line, texts
 
 
 def _cell_text(value: Any) -> str:
@@ -191,10 +207,11 @@ def _cell_text(value: Any) -> str:
 
 def _distinct(names: Iterable[str], path: Path) -> list[str]:
     """The names of columns; raises `DataError` if two are the same."""
-    names = list(names)
-    for index, name in enumerate(names):
-        if name and name.strip() in (earlier.strip() for earlier in names[:index]):
+    names, seen = list(names), set[str]()
+    for name in names:
+        if name and name.strip() in seen:
             raise DataError(f"{path}: two columns are called {shorten(name)}; rename or remove one")
+        seen.add(name.strip())
     return names
 
 
@@ -224,7 +241,7 @@ def _arrow_rows(read: Callable[[], Any], path: Path, name: str) -> NumberedRows:
         _distinct(table.schema.names, path)
         rows = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as broken:  # two fields of one name within a column, too
-        raise DataError(f"{path}: not readable as {name} ({_one_line(broken)}); write it again") from broken
+        raise DataError(f"{path}: not readable as {name} ({shorten(str(broken), 200)}); write it again") from broken
     yield from enumerate(map(without_nulls, rows), 1)
 
 
@@ -233,10 +250,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # By ending. Each raises `DataError` with file and line if a file cannot be read.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunetune.config.recipe import DataConfig
+from prunetune.config.recipe_paths import MAX_DEEP_STARS
 from prunetune.data.columns import ColumnMapping
 from prunetune.data.demo import read_demo
 from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
@@ -58,6 +59,8 @@ class Source:
         path, _, factor = text.strip().rpartition("*")
         has_weight = path and WEIGHT.fullmatch(factor)
         path, weight = (path, float(factor)) if has_weight else (text.strip(), 1.0)
+        if path.count("**") > MAX_DEEP_STARS:
+            raise DataError(f"{shorten(path)}: more than {MAX_DEEP_STARS} ** take too long to match; write fewer")
         if not path:
             raise DataError("a data source is empty text; name a file, a glob, a hub name, or demo")
         if not 0 < weight < math.inf:

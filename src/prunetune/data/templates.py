@@ -71,7 +71,12 @@ def template_names(text: str) -> frozenset[str]:
 def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> RowRenderer:
     def render(fields: Mapping[str, Any], source: str) -> Any:
         try:
-            return call_within(RENDER_SECONDS, lambda: call(fields))
+            value = call_within(RENDER_SECONDS, lambda: call(fields))
+            if isinstance(value, str) and len(value) > 10 * MAX_SIZE:
+                raise ValueError(f"it gives {len(value):,} characters")
+            return value
+        except TimeoutError as slow:  # every other row would take as long
+            raise ConfigError(f"{source}: {where}: {_line(slow)}; shorten its loops") from slow
         # An expression can fail in any way on a row of the wrong shape: the error names the row.
         except Exception as broken:
             known = ", ".join(sorted(map(str, fields)))

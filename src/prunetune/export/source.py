@@ -123,7 +123,8 @@ class ExportSource:
     @cached_property
     def meta_model(self) -> Any:
         """The model of `config` without weights (for a per-layer model: the dense one)."""
-        return build_meta_model(self.config)
+        with reading_model_files(f"{self.folder}: config.json", "write the model again"):
+            return build_meta_model(self.config)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

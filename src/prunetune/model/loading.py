@@ -65,6 +65,8 @@ def resolve_model_path(name: str) -> str:
     A .gguf file is dequantised, and an adapter merged into its base, once, into a folder of the cache. A per-layer
     folder opens by this package's own classes.
     """
+    if "://" in name:  # not shown, as it may hold a password
+        raise ModelError("an address is no model: only eval and check ask endpoints; name a folder, file or hub name")
     file = gguf_file(name)
     if file is not None:
         if not file.is_file():

@@ -24,7 +24,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
 from prunetune.data.encoding import Example
 from prunetune.data.sources import SplitName
-from prunetune.errors import ModelError
+from prunetune.errors import DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
@@ -52,7 +52,7 @@ from prunetune.utils import environment
 from prunetune.utils.files import expand_path, json_digest, write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
-from prunetune.utils.untrusted import parse_json
+from prunetune.utils.untrusted import parse_json, read_text
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
 
@@ -271,10 +271,11 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
     for name in names:
         file = context.folder.evaluation_file(name)
         if file.exists():
-            if Evaluation.from_json(file.read_text(encoding="utf-8")).counts_ends():
-                log.warning(
-                    "%s is of version 0.1.0, whose NLL counts the end of an answer: remove it to score anew", file
-                )
+            try:
+                if Evaluation.from_json(read_text(file)).counts_ends():
+                    log.warning("%s is of 0.1.0, whose NLL counts the end of an answer: remove it to score anew", file)
+            except (OSError, ValueError, DataError) as broken:
+                raise RunFolderError(f"{file} cannot be read ({broken}): remove it to score anew") from broken
             continue
         model = load_model(context, name)
         context.console.stage(f"evaluate {name}", 1)

@@ -81,6 +81,7 @@ FAILURES = (
         is_permission_denied,
         "no permission to read or write {file}: change its permissions, or name another folder with --out",
     ),
+    FailureRule(lambda error: isinstance(error, NotADirectoryError), "{file} leads through a file: name another path"),
     FailureRule(
         is_out_of_memory,
         "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then continue with --resume; "

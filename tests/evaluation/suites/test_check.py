@@ -25,6 +25,7 @@ from prunetune.evaluation.suites.suite import Suite
 from prunetune.export.gguf.write import write_gguf as write_gguf
 from prunetune.export.source import ExportSource
 from prunetune.model.adapter_folder import write_adapter_folder
+from prunetune.model.identity import ModelIdentity
 from support.data import subwords, write_lines
 from support.evaluation import speaker
 from support.export import WIDE, plan_of, run_folder
@@ -323,6 +324,21 @@ def test_run_is_checked_against_its_dense_tuned_model_or_its_untuned_one(tmp_pat
     assert out.startswith("reference: the dense model, tuned on the run's data (")
 
 
+def test_run_is_not_checked_against_a_base_that_changed(tmp_path: Path, say: Said) -> None:
+    dense, run = model_folder(tmp_path / "dense"), tmp_path / "run"
+    model_folder(run / "model")
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": str(dense), "layout": "uniform"}))
+    identity = dict(ModelIdentity(str(dense)).digests)
+    (run / "manifest.json").write_text(json.dumps({"model": {"identity": identity}}))
+    flags = ("--suite", suite_file(tmp_path, TASKS), "--device", "cpu")
+    assert say("check", run, *flags)[0] == 0
+    model_folder(dense, seed=1)
+    code, out, err = say("check", run, *flags)
+    assert (code, out) == (2, "")
+    assert "its dense model changed since (model.safetensors changed): put it back, or name one by --against" in err
+    assert say("check", run, *flags, "--against", dense)[0] == 0
+
+
 def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Path, say: Said) -> None:
     """The reference is dequantised in transformers, since llama.cpp gives no likelihoods of texts."""
     run, _ = run_folder(
@@ -347,7 +363,7 @@ def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Pa
         (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
         (
             ("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"),
-            "suite.yaml.json: evaluation has format 3",
+            "suite.yaml.json: cannot be read (evaluation has format 3",
         ),
         (("eval", "http:///v1", "--suite", "{suite}"), "is no URL"),
         (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not available"),

@@ -11,7 +11,7 @@ import torch
 from prunetune.data.records import Record
 from prunetune.errors import MissingPackage, ModelError
 from prunetune.evaluation.suites import LocalModel, evaluate_suite, parse_suite
-from prunetune.evaluation.suites.cache import CachedBackend
+from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
 from prunetune.evaluation.suites.open_model import open_backend
 from prunetune.evaluation.suites.options import EvalOptions
@@ -42,6 +42,17 @@ def test_missing_llama_cpp_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[llamacpp\]'"):
         LlamaCpp(tmp_path / "any.gguf", "").run_requests("loglikelihood", RECORDS, GenerationSettings(), lambda _: None)
+
+
+def test_answers_of_a_gguf_belong_to_a_version_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    prints = set()
+    for name in ("1.0", "1.0", "1.1"):
+        monkeypatch.setattr("prunetune.evaluation.suites.open_model.version", lambda _, name=name: name)
+        backend = open_backend(str(tmp_path / "a.gguf"), EvalOptions(device="cpu"), AnswerStore(tmp_path / "cache"))
+        assert isinstance(backend, CachedBackend)
+        prints.add(backend.fingerprint)
+    assert len(prints) == 2
 
 
 def test_texts_chats_and_lm_eval_are_refused(tmp_path: Path) -> None:

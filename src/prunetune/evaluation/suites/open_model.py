@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from prunetune.evaluation.suites.llamacpp import LlamaCpp
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
+from prunetune.manifest import Manifest
+from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
     load_model_and_tokenizer,
@@ -27,6 +30,7 @@ from prunetune.model.loading import (
     resolve_model_path,
 )
 from prunetune.utils.files import expand_path
+from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
 
 
@@ -80,7 +84,14 @@ def reference_of_run(name: str) -> tuple[str, str]:
     Raises `ModelError` for what is no run folder.
     """
     run = expand_path(name)
-    for folder in (run, run.parent.parent) if read_run_config(run) else ():  # the second for one of several sizes
+    config = read_run_config(run)
+    with suppress(OSError, ValueError):  # without a manifest, what the base was is not known
+        identity = Manifest.from_json(read_text(run / "manifest.json")).model.identity
+        if config and identity and (changes := ModelIdentity(config.model).changes_since(identity)):
+            raise ModelError(
+                f"{name}: its dense model changed since ({changes}): put it back, or name one by --against"
+            )
+    for folder in (run, run.parent.parent) if config else ():  # the second for one of several sizes
         if (adapter := folder / "tuned" / "adapter").is_dir():
             return str(adapter), "the dense model, tuned on the run's data"
     return dense_model_of_run(name), "the untuned dense model: the run has no tuned one"
@@ -113,16 +124,15 @@ def list_run_sizes(run: Path) -> list[Path]:
 def _read_results(path: Path) -> Evaluation:
     try:
         return Evaluation.from_json(read_text(path))
-    except (OSError, ValueError) as missing:
-        raise DataError(f"{path}: cannot be read ({missing}); name a file that prunetune eval --out wrote") from missing
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    except (OSError, ValueError, DataError) as broken:
+        raise DataError(f"{path}: cannot be read ({broken}); name a file that prunetune eval --out wrote") from broken
 
 
 def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
-    return LlamaCpp(
-        check_gguf_file(path), f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0)
-    )
+    check_gguf_file(path)
+    require_installed("xllamacpp", extra="llamacpp", use=f"model {path}")
+    fingerprint = f"llama.cpp {files_hash([path], store)} xllamacpp {version('xllamacpp')}"
+    return LlamaCpp(path, fingerprint, timeout=max(options.timeout, 600.0))
 
 
 def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> Backend:
