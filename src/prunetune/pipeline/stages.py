@@ -273,7 +273,8 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         if file.exists():
             try:
                 if Evaluation.from_json(read_text(file)).counts_ends():
-                    log.warning("%s is of 0.1.0, whose NLL counts the end of an answer: remove it to score anew", file)
+                    told = "whose NLL counts the end of an answer: remove it to score anew"
+                    log.warning("%s is of version 0.1.0, %s", file, told)
             except (OSError, ValueError, DataError) as broken:
                 raise RunFolderError(f"{file} cannot be read ({broken}): remove it to score anew") from broken
             continue
