@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Optional
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token, convert
 
 from prunetune.config.fields import retired_options
+
+NAMES = ("name", "tracker")  # entries that hold no comma
 
 
 def make_flags_class(cls: type[Any]) -> type[Any]:
@@ -45,12 +48,20 @@ def _flags_class(cls: type[Any], prefix: str, *, show: bool) -> type[Any]:
 
 def _flag(item: Any, kind: Any, *, show: bool) -> Parameter:
     default = "" if item.default in ((), "", dataclasses.MISSING) else f" [default: {item.default}]"
+    is_list = typing.get_origin(kind) is tuple
+    is_text = is_list and typing.get_args(kind)[0] is str
     return Parameter(
+        # Numbers and names may stand in one flag, by commas; texts such as paths may hold commas.
+        converter=_split_at_commas if is_list and (not is_text or item.metadata["entry_name"] in NAMES) else None,
         help=f"{item.metadata['help']}{default}",
-        negative=() if typing.get_origin(kind) is tuple else None,  # no --no-NAME and --empty-NAME for lists
+        negative=() if is_list else None,  # no --no-NAME and --empty-NAME for lists
         alias=item.metadata.get("flag_alias") if show else None,
         show=show,
     )
+
+
+def _split_at_commas(kind: Any, tokens: Sequence[Token]) -> Any:
+    return convert(kind, [token.evolve(value=part) for token in tokens for part in token.value.split(",")])
 
 
 def flags_to_overrides(flags: Any) -> dict[str, Any]:
