@@ -12,8 +12,9 @@ from torch import Tensor
 
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.config.score_limits import ScoreLimit
+from prunetune.config.score_limits import QUALITY, ScoreLimit
 from prunetune.data.batches import BatchStream
+from prunetune.pipeline.monitor import score_limits
 from prunetune.pipeline.prepare import resolve_auto
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
@@ -71,8 +72,9 @@ class FakeMonitor:
     needs_dense_scores: bool = True
     plans: dict[int, Plan] = field(default_factory=dict)
 
-    def score(self, model: Any) -> dict[str, float]:
-        return {"guard.nll": self.score_function(model)}
+    def score(self, model: Any, *, is_judged: bool) -> dict[str, float]:
+        quality = {QUALITY: 1 - self.score_function(model)} if is_judged else {}
+        return {"guard.nll": self.score_function(model)} | quality
 
     def record_decision(self, record: dict[str, Any], plan: Plan) -> None:
         self.plans[record["step"]] = plan
@@ -109,7 +111,8 @@ def run_with_limits(
 ) -> MonitoredRun:
     """Run the loop, and again after each roll-back, as the pipeline does."""
     observer, store = RecordingObserver(), store or Checkpoints(folder / "checkpoints")
-    monitor = FakeMonitor(tuple(ScoreLimit.parse(limit) for limit in limits), Checkpoints(folder / "good"), score)
+    all_limits = (*map(ScoreLimit.parse, limits), *score_limits(config))
+    monitor = FakeMonitor(all_limits, Checkpoints(folder / "good"), score)
     for roll_backs in range(100):
         job = job_of(config, observer, store, monitor if monitored else None)
         try:

@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
+QUALITY_FLOOR = 0.2  # budget.keep where only a quality is asked for
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -125,6 +126,21 @@ class BudgetConfig:
         le=1,
         flag_type=str,
         flag_alias="--keep",
+    )
+    quality: float = option(
+        0.0,
+        "Quality to keep, as a share of the tuned dense model's: 0.98. The run cuts a tenth at a time, judges each cut "
+        "on valid once it has recovered, goes back one where the quality breaks, and tunes that model to the end; "
+        "budget.keep is then the smallest that is tried (default: 0.2). 0: no such limit.",
+        ge=0,
+        le=1,
+        flag_alias="--quality",
+    )
+    quality_of: tuple[str, ...] = option(
+        (),
+        "What budget.quality is of: nll (the mean loss of answers), tasks by name, or one metric of a task, such as "
+        "triage.accuracy; default: the mean loss, and each task's accuracy or else loss.",
+        entry_name="name",
     )
     sizes: tuple[float, ...] = option(
         (), "Smaller budgets of one run, each model nested in the one before; budget.keep may name all.", gt=0, le=1
@@ -411,10 +427,16 @@ class RunConfig:
             )
         if self.budget.sizes:
             self._validate_sizes()
+        if self.budget.quality_of and not self.budget.quality:
+            raise ConfigError("budget.quality_of says what budget.quality is of: set budget.quality, such as 0.98")
+        if self.budget.quality and self.search.method == "generator":
+            raise ConfigError("budget.quality is found cut by cut: leave search.method at progressive")
 
     def _validate_sizes(self) -> None:
         """Raise `ConfigError` for options that exclude several sizes."""
         more, shares = len(self.budget.sizes), self.train.size_share
+        if self.budget.quality:
+            raise ConfigError("budget.quality finds one size itself: leave budget.sizes out, or budget.quality")
         if not 0 < len(shares) <= more:
             raise ConfigError(f"train.size_share has {len(shares)} numbers for {more} further sizes: give 1 to {more}")
         moving = [limit for limit in self.limits if not limit.endswith("-> stop")]
@@ -479,7 +501,8 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConf
 def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The section `budget` with one number under `keep`: of several the largest, the others become `sizes`.
 
-    Where only budgets of other kinds are given, `keep` is 1: they alone limit the model.
+    Where only budgets of other kinds are given, `keep` is 1: they alone limit the model. Where only a quality is, it is
+    the smallest share that is tried.
     """
     keep = budget.get("keep")
     shares = [share.strip() for share in keep.split(",")] if isinstance(keep, str) else keep
@@ -492,4 +515,6 @@ def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return {**budget, "keep": keeps[0], "sizes": keeps[1:]}
     if "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
         return {**budget, "keep": 1.0}
+    if "keep" not in budget and budget.get("quality"):
+        return {**budget, "keep": QUALITY_FLOOR}
     return budget

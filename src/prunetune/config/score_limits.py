@@ -20,6 +20,7 @@ ACTIONS = get_args(LimitAction)
 LIMITABLE_METRICS = (
     "valid.nll", "valid.perplexity", "valid.accuracy", "guard.nll", "guard.perplexity", "guard.accuracy",
 )  # fmt: skip
+QUALITY = "valid.quality"  # of `budget.quality`: what is kept of the tuned dense model's scores
 LIMIT_PATTERN = re.compile(
     rf"(?P<metric>[\w.]+)\s*(?P<side><=|>=)\s*(?P<value>{NUMBER})(?P<relative>x?)\s*->\s*(?P<action>[\w-]+)"
 )

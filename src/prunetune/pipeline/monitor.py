@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from prunetune.config.recipe import EvaluateConfig
-from prunetune.config.score_limits import ScoreLimit
+from prunetune.config.recipe import EvaluateConfig, RunConfig
+from prunetune.config.score_limits import QUALITY, ScoreLimit
 from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.item_subset import stable_sample
+from prunetune.evaluation.kept_quality import kept_quality
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.statistics import perplexity
@@ -32,6 +34,8 @@ from prunetune.train.schedule import build_schedule
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject, is_cut, read_json_lines
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ValidationMonitor:
@@ -41,17 +45,37 @@ class ValidationMonitor:
     limits: tuple[ScoreLimit, ...]
     choice_rows: tuple[Record, ...]  # of valid, if their accuracy is wanted
     guard_rows: tuple[Record, ...]
+    reference: Evaluation | None = None  # of the tuned dense model on valid, if `budget.quality` asks for it
 
     @property
     def needs_dense_scores(self) -> bool:
         """Whether the dense model is scored before the first step, for comparison."""
         return bool(self.limits or self.choice_rows or self.guard_rows)
 
-    def score(self, model: Any) -> dict[str, float]:
-        """`valid.accuracy`, and NLL, perplexity and accuracy of guard rows, as far as there are rows for them."""
+    def score(self, model: Any, *, is_judged: bool = False) -> dict[str, float]:
+        """`valid.accuracy`, and NLL, perplexity and accuracy of guard rows, as far as there are rows for them.
+
+        A model that is judged also gets `valid.quality`: the least that it keeps of the tuned dense model's scores.
+        """
         valid, guard = self._score_rows(model, self.choice_rows), self._score_rows(model, self.guard_rows)
         scores = {"valid.accuracy": valid["accuracy"]} if "accuracy" in valid else {}
-        return scores | {f"guard.{name}": value for name, value in guard.items()}
+        scores |= {f"guard.{name}": value for name, value in guard.items()}
+        if is_judged and self.reference is not None:
+            shares = kept_quality(self.score_valid(model), self.reference, self.context.config.budget.quality_of)
+            least = min(shares, key=lambda name: (not math.isnan(shares[name]), shares[name]))
+            log.info("quality %.3f, of %s: %s", shares[least], least, _listed(shares))
+            scores[QUALITY] = shares[least]
+        return scores
+
+    def score_valid(self, model: Any) -> Evaluation:
+        """The scores of valid that `budget.quality` is of: as many items of each task as at the end of a run."""
+        return self._evaluate(model, self.context.splits.valid, self.context.config.evaluate.limit)
+
+    def with_reference(self, load_tuned: Callable[[], Any]) -> ValidationMonitor:
+        """The same with the scores of the tuned dense model, if `budget.quality` needs them."""
+        if not self.context.config.budget.quality:
+            return self
+        return replace(self, reference=self.score_valid(load_tuned()))
 
     def record_decision(self, record: JsonObject, plan: Plan) -> None:
         """Write the plan with its scores, such as `decisions/step-0000040.json`; rank 0 only."""
@@ -63,12 +87,25 @@ class ValidationMonitor:
         write_text(folder / f"step-{record['step']:07d}.json", text + "\n")
 
     def _score_rows(self, model: Any, rows: Sequence[Record]) -> dict[str, float]:
-        if not rows:
-            return {}
-        config = EvaluateConfig(limit=0, generate_limit=0, max_tokens=self.context.config.evaluate.max_tokens)
+        return aggregate_scores(self._evaluate(model, rows, 0)) if rows else {}
+
+    def _evaluate(self, model: Any, rows: Sequence[Record], limit: int) -> Evaluation:
+        config = EvaluateConfig(limit=limit, generate_limit=0, max_tokens=self.context.config.evaluate.max_tokens)
         # Adapters are float32 and compute in the base's dtype, as in training.
         with torch.autocast(self.context.device.type, model.dtype, enabled=model.dtype != torch.float32):
-            return aggregate_scores(evaluate(model, self.context.tokenizer, rows, self.context.config.data, config))
+            return evaluate(model, self.context.tokenizer, rows, self.context.config.data, config)
+
+
+def score_limits(config: RunConfig) -> tuple[ScoreLimit, ...]:
+    """The limits of a recipe; `budget.quality` is one of them."""
+    limits = tuple(ScoreLimit.parse(text) for text in config.limits)
+    if not config.budget.quality:
+        return limits
+    return (*limits, ScoreLimit(QUALITY, ">=", config.budget.quality, is_relative=False, action="roll-back"))
+
+
+def _listed(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
 
 
 def aggregate_scores(evaluation: Evaluation) -> dict[str, float]:
@@ -86,7 +123,7 @@ def aggregate_scores(evaluation: Evaluation) -> dict[str, float]:
 
 def make_monitor(context: RunContext) -> ValidationMonitor:
     """The monitor of a run; raises `ConfigError` or `DataError` for a limit that could never act."""
-    limits = tuple(ScoreLimit.parse(text) for text in context.config.limits)
+    limits = score_limits(context.config)
     choice_rows = tuple(row for row in context.splits.valid if row.choices)
     if limits and not context.encoded["valid"].examples:
         raise DataError(
@@ -104,7 +141,8 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
     every, schedule = context.config.train.validate_every, build_schedule(context.config)
     last_cut = schedule.search or schedule.cuts[-1].step  # a generator's decision is final where its search ends
     is_resumed = (context.folder.path / "config.yaml").exists()  # it was checked when the run began, maybe by 0.1.0
-    if every > last_cut and not is_resumed and any(limit.action != "stop" for limit in limits):
+    moving = any(limit.action != "stop" and limit.metric != QUALITY for limit in limits)
+    if every > last_cut and not is_resumed and moving:
         raise ConfigError(
             f"limits: no validation comes before the last decision at step {last_cut}, so there is nothing to go back "
             f"to; lower train.validate_every ({every}) to that at most, or raise search.span"
@@ -176,7 +214,7 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
             measured=last.get(limit.metric),
             is_met=limit.is_met(last, dense),
         )
-        for limit in map(ScoreLimit.parse, config.limits if last else ())
+        for limit in (score_limits(config) if last else ())
     )
     kept = kept_params(context.sites, state.plan) / prunable_params(context.sites) if state.plan else None
     # Under budgets of other kinds no share of parameters was requested: only a limit can have raised it.

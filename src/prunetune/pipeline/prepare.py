@@ -164,6 +164,11 @@ def prepare(
             f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
             f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
+    if config.budget.quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
+        raise ConfigError(
+            "budget.quality begins with the adapters of the tuned dense model: set lora.rank to at least "
+            f"lora.dense_rank ({config.lora.dense_rank}), and launch without --use_fsdp"
+        )
     if ranks.uses_fsdp and config.train.weights == "all":
         raise ConfigError(
             "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "

@@ -110,13 +110,19 @@ def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
 def raise_if_limits_broken(context: RunContext) -> None:
     """Raises `LimitBroken` if the finished run is outside a limit on scores or gain; model and report are kept."""
     manifest = context.folder.read_manifest()
-    broken = [limit for limit in (*manifest.limits.limits, *manifest.gain.limits) if not limit.is_met]
-    if broken:
-        reasons = "; and ".join(
-            limit.explanation or f"{limit.condition}, limit {limit.limit:.4g}, found {limit.measured:.4g}"
-            for limit in broken
-        )
+    reasons = [
+        limit.explanation or f"{limit.condition}, limit {limit.limit:.4g}, found {limit.measured:.4g}"
+        for limit in (*manifest.limits.limits, *manifest.gain.limits)
+        if not limit.is_met
+    ]
+    if quality := context.config.budget.quality:
+        reasons += [
+            f"budget.{budget.budget} ({budget.words}) is not met, since no smaller model keeps budget.quality {quality:g}"
+            for budget in manifest.budgets
+            if budget.counted is not None and budget.limit is not None and budget.counted > budget.limit * (1 + 1e-9)
+        ]
+    if reasons:
         raise LimitBroken(
-            f"{context.folder.path} ended outside a limit: {reasons}; "
+            f"{context.folder.path} ended outside a limit: {'; and '.join(reasons)}; "
             "model and report are written: look at them before the model is used"
         )

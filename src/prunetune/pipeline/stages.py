@@ -70,6 +70,8 @@ def train(context: RunContext, monitor: ValidationMonitor | None = None) -> None
     if not context.ranks.broadcast_from_main(not context.folder.model_folder.exists()):
         return
     with record_training(context) as observer:
+        if monitor is not None:
+            monitor = monitor.with_reference(lambda: load_model(context, "tuned"))
         teacher_factory = make_teacher_factory(context, lambda: load_model(context, "tuned"))
         context = choose_learning_rate(context, teacher_factory)
         context.console.stage(TUNING_STAGE, context.config.train.steps)
@@ -97,6 +99,9 @@ def resume_training(
         good = distribute_checkpoints(Checkpoints(context.folder.good_checkpoints, context.base), context.ranks)
         teacher = teacher_factory(model)
         job = make_job(context, model, checkpoints, observer, teacher=teacher, monitor=monitor, good_checkpoints=good)
+        if context.config.budget.quality:  # what a stage loses is seen only in a model that has learnt all
+            tuned = Checkpoints(context.folder.dense_tuned_checkpoints, context.base).latest()
+            job = replace(job, start_adapters=tuned.tensors["adapters"] if tuned else None)
         tune_and_prune(transform_job(job))
     except RolledBack:
         return False

@@ -56,6 +56,13 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
         parameter.data = values.to(parameter.device)
 
 
+def copy_adapters(model: nn.Module, adapters: Mapping[str, Tensor]) -> None:
+    """Let a model's adapters begin as others of at most their rank and of the same scale, {name: A or B}, in place."""
+    named = trainable_parameters(model)
+    for name, weight in adapters.items():
+        named[name].data[: weight.shape[0], : weight.shape[1]] = weight
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights that are tuned, by name, in the model's order: adapters, or all that require a gradient once merged."""
     named = dict(model.named_parameters())

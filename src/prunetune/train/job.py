@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from prunetune.config.recipe import RunConfig
 from prunetune.config.score_limits import ScoreLimit
@@ -40,8 +43,8 @@ class Monitor(Protocol):
     def needs_dense_scores(self) -> bool:
         """Whether the dense model is scored before the first step."""
 
-    def score(self, model: Any) -> dict[str, float]:
-        """Scores by metric of the model as it is; the caller has gated or cut it."""
+    def score(self, model: Any, *, is_judged: bool) -> dict[str, float]:
+        """Scores by metric of the model as it is, which the caller has gated or cut; if judged, its quality, too."""
 
     def record_decision(self, record: JsonObject, plan: Plan) -> None:
         """This plan was validated, with this outcome."""
@@ -67,6 +70,7 @@ class TrainingJob:
     good_checkpoints: CheckpointStore | None = None  # of states to roll back to, or to end with (keep_best)
     ranks: Ranks = SINGLE_PROCESS
     given_plan: Plan | None = None  # of a baseline: one cut, then tuning
+    start_adapters: Mapping[str, Tensor] | None = None  # of the tuned dense model, to begin as it ended
     start_state: TrainingState | None = None  # of a larger size, from whose cut model this one goes on
     branch_checkpoints: CheckpointStore | None = None  # gets the state that a smaller size goes on from
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from prunetune.plan import Plan
 from prunetune.search.decision import Decision
 from prunetune.search.select import select
-from prunetune.train.adapters import add_adapters
+from prunetune.train.adapters import add_adapters, copy_adapters
 from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.importance import score_units
 from prunetune.train.job import TrainingJob
@@ -42,6 +42,8 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     continue from with a new model. Raises `LimitBroken` if a limit stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive_seed(job.config.seed, "adapters"))
+    if job.start_adapters is not None:
+        copy_adapters(job.model, job.start_adapters)
     cut_layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
@@ -73,7 +75,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
             weights.cut(decision.plan, schedule.stage_steps(step))  # exact: the masked model and the cut one are equal
 
         # On training data; LoRA-aware while the decision is a mask: y = gate * (W x) + B A x.
-        record |= weights.train_step(step, decision)
+        record |= weights.train_step(step, decision, schedule)
 
         if generator is not None and decision.plan is None and step + 1 == schedule.steps:
             decision = generator.searcher.final_decision()  # the search lasts to the end: validate what will be cut

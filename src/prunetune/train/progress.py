@@ -44,7 +44,7 @@ class TrainingProgress:
     @property
     def schedule(self) -> Schedule:
         """The job's own, until a limit changes it."""
-        return self.validation.history.schedule
+        return self.validation.schedule
 
     def resume(self) -> Decision:
         """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there."""

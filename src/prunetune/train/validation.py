@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from prunetune.config.score_limits import ScoreLimit
+from prunetune.config.score_limits import QUALITY, ScoreLimit
 from prunetune.errors import LimitBroken
 from prunetune.evaluation.statistics import perplexity
 from prunetune.plan import Plan
@@ -75,6 +75,11 @@ class Validation:
         # For the pace of a step: steps and seconds before this process; seconds of its validations are added.
         self.first_step, self.excluded_seconds = 0, 0.0
 
+    @property
+    def schedule(self) -> Schedule:
+        """The job's own, until a limit changes it."""
+        return self.history.schedule
+
     def resume(self, state: TrainingState | None) -> None:
         """Continue a checkpoint's history; before the first step, score the dense model for reference."""
         start = self.job.start_state
@@ -89,7 +94,7 @@ class Validation:
             scores, seconds = self._timed_scores(None)
             self.history = replace(self.history, dense=scores, last=scores)
             self._report({"step": 0, "phase": "dense", "kept": 1.0}, scores, seconds)
-        self._set_schedule(self.history.schedule)
+        self._set_schedule(self.schedule)
 
     def validate_if_due(self, record: JsonObject, decision: Decision) -> Decision:
         """Validate at the steps where it is due; returns the decision that holds from here on."""
@@ -99,24 +104,25 @@ class Validation:
         unmeasured = self.job.config.validate.share < 1 and not self.history.stride
         if unmeasured and step == max(1, every // 2) and step != last:
             self._set_stride(record, decision)
-            self.job.checkpoints.save(
-                self.state_of(decision)
-            )  # measured once: a resumed run validates at the same steps
-        elif step % (every * (self.history.stride or 1)) == 0 or step == last:
+            self.job.checkpoints.save(self.state_of(decision))  # measured once: resumed, it validates at the same steps
+        elif step % (every * (self.history.stride or 1)) == 0 or step == last or self.schedule.is_judged_after(step):
             return self._validate(record, decision)
         return decision
 
     def _validate(self, record: JsonObject, decision: Decision) -> Decision:
-        scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else decision)
+        is_judged = self.schedule.is_judged_after(record["step"])
+        scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else decision, is_judged=is_judged)
         self.history = replace(self.history, last=scores)
-        broken = [limit for limit in self.limits if not limit.is_met(scores, self.history.dense)]
+        limits = [limit for limit in self.limits if limit.metric != QUALITY or is_judged]
+        broken = [limit for limit in limits if not limit.is_met(scores, self.history.dense)]
         fields = {name: record[name] for name in ("step", "phase", "kept")}
         if broken:
             fields["broken"] = [str(limit) for limit in broken]
         self._report(fields, scores, seconds, decision.plan)
         if broken:
             return self._handle_broken_limits(record, broken, decision)
-        self._save_if_good(record, decision, scores)
+        if is_judged or not self.schedule.is_judged:
+            self._save_if_good(record, decision, scores)
         return decision
 
     def best_state(self, decision: Decision) -> TrainingState | None:
@@ -140,13 +146,13 @@ class Validation:
         self.history = replace(self.history, stride=stride)
         log.info("a validation takes %.2f s, a step %.2f s: one takes place every %d steps", cost, pace, stride * every)
 
-    def _timed_scores(self, decision: Decision | None) -> tuple[dict[str, float], float]:
+    def _timed_scores(self, decision: Decision | None, *, is_judged: bool = False) -> tuple[dict[str, float], float]:
         """Scores of the model as it is or gated by the decision, the same on all ranks; and the seconds they took."""
         started = time.monotonic()
         gates, monitor = decision.gates if decision else None, self.job.monitor
         nll = self.weight_trainer.passes.score(self.job.valid_examples, gates)
         with masked(self.job.model, gates, sites=self.job.sites) if gates else nullcontext():
-            monitored = monitor.score(self.job.model) if monitor else {}
+            monitored = monitor.score(self.job.model, is_judged=is_judged) if monitor else {}
         seconds = time.monotonic() - started
         self.excluded_seconds += seconds
         self.history = replace(self.history, seconds=self.history.seconds + seconds)
@@ -170,20 +176,19 @@ class Validation:
         """
         if decision.plan is None:
             return
-        step, good, schedule = record["step"], self.history.good, self.history.schedule
+        step, good, is_decided = record["step"], self.history.good, not self.schedule.decides_after(record["step"])
         candidate = {"step": step, "kept": record["kept"], "scores": scores}
-        is_decided = not schedule.decides_after(step)
-        is_first = not good or (is_decided and schedule.decides_after(good["step"]))
+        is_first = not good or (is_decided and self.schedule.decides_after(good["step"]))
         if is_first or not self.ranks_states or _is_better(candidate, good):
             self.history = replace(self.history, good=candidate, stale=0)
             if self.keeps_states:
                 self.good_checkpoints.save(self.state_of(decision))
             return
         self.history = replace(self.history, stale=self.history.stale + 1)
-        smaller_size_waits = self.job.branch_checkpoints is not None and step < schedule.branch_step
+        smaller_size_waits = self.job.branch_checkpoints is not None and step < self.schedule.branch_step
         if 0 < self.patience <= self.history.stale and is_decided and not smaller_size_waits:
             log.info("step %d: valid.nll has not fallen for %d validations: tuning ends", step, self.history.stale)
-            self._set_schedule(replace(schedule, steps=step))
+            self._set_schedule(replace(self.schedule, steps=step))
 
     def _handle_broken_limits(self, record: JsonObject, broken: list[ScoreLimit], decision: Decision) -> Decision:
         step, reason = record["step"], broken[0].describe(self.history.last, self.history.dense)
@@ -193,9 +198,15 @@ class Validation:
             raise LimitBroken(
                 f"stopped at step {step}: {reason}; raise budget.keep or the limit, and start a new run with --out"
             )
-        if "roll-back" not in actions and self.history.schedule.decides_after(step):
+        if "roll-back" not in actions and self.schedule.decides_after(step):
             return self._back_off(step, broken, decision, reason)
         good = self.good_checkpoints.latest() if self.history.good else None
+        if good is None and any(limit.metric == QUALITY for limit in broken):
+            self._add_event(step, broken, "nothing to go back to")
+            raise LimitBroken(
+                f"no smaller model keeps the quality: the first cut leaves {100 * record['kept']:.0f}%, and after "
+                f"{step} steps {reason}; lower budget.quality, give more train.steps, or tune the dense model alone"
+            )
         if good is None:
             self._add_event(step, broken, "nothing to go back to")
             log.warning("step %d: %s, and no earlier validation met all limits: the run continues", step, reason)
@@ -205,20 +216,21 @@ class Validation:
 
     def _back_off(self, step: int, broken: list[ScoreLimit], decision: Decision, reason: str) -> Decision:
         """Raise the budget from here on; a generator's decision that was final is made again."""
-        before = self.history.schedule.allowed_keep
+        before = self.schedule.allowed_keep
         keep = min(1.0, before + self.job.config.validate.back_off)
         self._add_event(step, broken, f"budget raised from {before:.4g} to {keep:.4g}")
         log.warning("step %d: %s: the budget is raised from %.4g to %.4g", step, reason, before, keep)
-        self._set_schedule(replace(self.history.schedule, allowed_keep=keep))
+        self._set_schedule(replace(self.schedule, allowed_keep=keep))
         return replace(decision, plan=None) if self.searcher else decision
 
     def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, reason: str) -> None:
         """Make the good state the newest checkpoint: weights, optimisers, and its decision, which is now final."""
-        self._add_event(step, broken, f"rolled back to step {good.step}")
-        kept, schedule = 100 * self.history.good["kept"], self.history.schedule
+        found = self.history.last.get(QUALITY)
+        tried = "" if found is None else f"; quality of the smaller model: {found:.4g}"
+        self._add_event(step, broken, f"rolled back to step {good.step}{tried}")
+        kept = 100 * self.history.good["kept"]
         log.warning("step %d: %s: rolled back to step %d, %.1f%% kept", step, reason, good.step, kept)
-        if schedule.decides_after(good.step):
-            schedule = schedule.decided_at(step)
+        schedule = self.schedule.decided_at(step) if self.schedule.decides_after(good.step) else self.schedule
         history = replace(self.history, schedule=schedule, last=self.history.good["scores"])
         self.job.checkpoints.save(replace(good, step=step, validation_history=history.to_dict()))
 

@@ -20,7 +20,7 @@ from prunetune.train.losses import FINAL_LASSO, SEARCH_LASSO, group_lasso
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import CutLayers
 from prunetune.train.passes import Passes
-from prunetune.train.schedule import learning_rate
+from prunetune.train.schedule import Schedule, learning_rate
 from prunetune.train.step_guard import StepGuard
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
@@ -41,13 +41,14 @@ class WeightTrainer:
         """Whether anything has been cut."""
         return self.plan is not None
 
-    def train_step(self, step: int, decision: Decision) -> JsonObject:
+    def train_step(self, step: int, decision: Decision, schedule: Schedule) -> JsonObject:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut."""
         job, batch, started = self.job, self.job.train_stream.batch_at(step), time.monotonic()
         torch.manual_seed(derive_seed(job.config.seed, "dropout", step) + job.ranks.rank)
         record = self.guard.retry_smaller(batch, lambda: self._gradients(batch, decision), self._zero_gradients)
         norm = nn.utils.clip_grad_norm_(self.weights, job.config.train.clip)
-        rate = learning_rate(step, job.config.train, (self.is_merged and job.config.train.weights_rate) or None)
+        peak = (self.is_merged and job.config.train.weights_rate) or None
+        rate = learning_rate(step, job.config.train, peak, schedule)
         if not self.guard.should_skip(step, {**record, "gradient": float(norm)}, batch):
             rate *= self.guard.lr_scale
             for group in self.optimizer.param_groups:
