@@ -70,6 +70,14 @@ def test_query_heads_of_a_group_are_counted_too() -> None:
     assert is_valid(2, 3)  # 6 heads
     assert not is_valid(2, 5)  # 10 do not divide 48
     assert is_valid(1, 3)
+    assert not is_valid(1, 5)
+
+
+def test_groups_of_the_dense_model_are_valid_and_no_others_where_attention_cannot_be_pruned() -> None:
+    single = kv_groups_validator(tiny_config("llama", groups=1, ratio=4))
+    assert [single(groups) for groups in (0, 1)] == [False, True]
+    whole = kv_groups_validator(tiny_config("olmo2", groups=2, ratio=2))  # its norm spans all heads
+    assert [whole(groups) for groups in (0, 1, 2)] == [False, False, True]
 
 
 def test_option_of_the_mlp_width_is_the_familys() -> None:
@@ -93,6 +101,10 @@ def test_uniform_plan_of_nested_units_gives_widths_within_each_group() -> None:
     kept = {site.name: units[site.kind] if site.layer != 3 else () for site in sites}
     config = uniform_config_from_plan(model.config, Plan(kept, {site.name: site.units for site in sites}), sites)
     assert sizes_of(config) == (2, 2, 8, 48, 72)
+    model = tiny("qwen3", groups=2, ratio=3)  # of 2 groups of 3 heads, 2 heads each
+    sites = find_sites(model, ["query-heads"])
+    plan = Plan({site.name: (0, 2, 4, 5) for site in sites}, {site.name: 6 for site in sites})
+    assert sizes_of(uniform_config_from_plan(model.config, plan, sites)) == (4, 2, 8, 96, 48)
 
 
 def test_family_of_the_same_arithmetic_adds_neither_dropout_nor_a_window() -> None:
