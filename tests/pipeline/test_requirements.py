@@ -105,6 +105,15 @@ def test_misaligned_widths_are_named_worst_first() -> None:
         "require.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613"
     )
     assert "set budget.align to 128; by FLOPs the prefill can gain" in says
+    assert " more: " not in says
+
+
+def test_misaligned_widths_beyond_the_first_ones_are_counted() -> None:
+    sites = tuple(site(layer, "mlp", 1000) for layer in range(7))
+    plan = Plan({site.name: tuple(range(613)) for site in sites}, {site.name: site.units for site in sites})
+    says = judge_gain(*models(), RequireConfig(faster=3.0), plan, sites).limits[0].explanation
+    assert says is not None
+    assert (says.count("is 613"), says.count(" and 2 more: set budget.align")) == (5, 1)
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(1.2, "1.01"), (1.01, "1.0096"), (1.00961, "1.0096")])
@@ -146,6 +155,16 @@ def test_short_context_shortens_the_prompt(tmp_path_factory: pytest.TempPathFact
     assert longer.prompt + longer.generate == context
     short = gain_bench_options(from_mapping({"model": str(folder), "require": {"prompt": 3, "generate": 2}}))
     assert (short.prompt, short.generate) == (3, 2)
+
+
+@pytest.mark.parametrize(("context", "prompt", "generate"), [(9, 5, 4), (3, 1, 2), (2, 1, 2), (0, 99, 77)])
+def test_prompt_and_answer_share_a_short_context_in_whole_tokens(
+    context: int, prompt: int, generate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 0 the model says nothing."""
+    monkeypatch.setattr(requirements, "context_length", lambda *_, **__: context)
+    options = gain_bench_options(from_mapping({"model": "x", "require": {"prompt": 99, "generate": 77}}))
+    assert (options.prompt, options.generate) == (prompt, generate)
 
 
 def test_missed_size_says_how_much_cannot_be_pruned_and_counts_layers_without_parameters() -> None:
