@@ -25,7 +25,6 @@ from prunetune.pipeline.requirements import gain_bench_options, judge_gain, meas
 from prunetune.plan import Plan
 from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan
 from prunetune.runs.folder import RunFolder
-from prunetune.utils.console import SilentConsole
 from support.bench import ScriptedRunner, facts
 from support.suites import model_folder
 
@@ -182,6 +181,7 @@ def test_missed_size_says_how_much_cannot_be_pruned_and_counts_layers_without_pa
 
 def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[list[str]] = []
+    announced: list[tuple[str, int]] = []
 
     def measure(names: list[str], options: BenchOptions) -> Any:
         timed.append(names)
@@ -197,13 +197,14 @@ def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: 
         folder.path.mkdir()
         folder.plan_file.write_text(plan_of(4, 512, 2, 256).to_json())
     context = SimpleNamespace(
-        console=SilentConsole(),
+        console=SimpleNamespace(stage=lambda name, steps: announced.append((name, steps))),
         device=torch.device("cpu"),
         sites=SITES,
         config=from_mapping({"require": {"faster": 2}}),
     )
     measure_gain(folders[0], folders, cast("RunContext", context))
     assert timed == [[str(folder.path)] for folder in folders]
+    assert announced == [(f"bench: dense and {name} in turns", 0) for name in ("large", "small")]  # of unknown length
     assert set(gains) == {"large", "small"}
     assert [limit.is_met for limit in gains["small"].limits] == [True]
     assert json.loads(folders[0].bench_file.read_text()) == [{"names": names} for names in timed]
