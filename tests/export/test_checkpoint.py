@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, SelfCheckFailed
 from prunetune.export import stock_config
-from prunetune.export.checkpoint import add_old_rope_keys, write_checkpoint
+from prunetune.export.checkpoint import add_old_rope_keys, uniform_config_from_plan, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.model.history import PruningRun, read_history
@@ -89,6 +89,15 @@ def test_checkpoint_of_every_family_equals_gated_model(family: str, layout: str,
     reopened = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
     assert sum(parameter.numel() for parameter in reopened.parameters()) == written.params
     assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
+
+
+def test_uniform_plan_of_query_heads_has_their_number_in_each_group() -> None:
+    """Of 2 groups of 3 heads, 2 heads each."""
+    model = tiny("qwen3", groups=2, ratio=3)
+    sites = find_sites(model, ["query-heads"])
+    plan = Plan({site.name: (0, 2, 4, 5) for site in sites}, {site.name: 6 for site in sites})
+    config = uniform_config_from_plan(model.config, plan, sites)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
 
 
 def test_kv_groups_validator_builds_one_model_for_each_new_width(monkeypatch: pytest.MonkeyPatch) -> None:

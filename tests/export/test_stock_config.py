@@ -101,10 +101,6 @@ def test_uniform_plan_of_nested_units_gives_widths_within_each_group() -> None:
     kept = {site.name: units[site.kind] if site.layer != 3 else () for site in sites}
     config = uniform_config_from_plan(model.config, Plan(kept, {site.name: site.units for site in sites}), sites)
     assert sizes_of(config) == (2, 2, 8, 48, 72)
-    model = tiny("qwen3", groups=2, ratio=3)  # of 2 groups of 3 heads, 2 heads each
-    sites = find_sites(model, ["query-heads"])
-    plan = Plan({site.name: (0, 2, 4, 5) for site in sites}, {site.name: 6 for site in sites})
-    assert sizes_of(uniform_config_from_plan(model.config, plan, sites)) == (4, 2, 8, 96, 48)
 
 
 def test_family_of_the_same_arithmetic_adds_neither_dropout_nor_a_window() -> None:
