@@ -57,3 +57,10 @@ def test_throughput_limits_the_seconds_of_a_batch() -> None:
     absolute = make_budget_limit("throughput", Amount(6.0, False), (FILE,), WORKLOAD)
     assert absolute.limit == pytest.approx(3.5)
     assert absolute.format_cost(3.5).startswith("6")
+
+
+def test_limits_that_name_no_share_leave_parameters_alone_and_hold_in_full_at_zero() -> None:
+    limits = BudgetLimits((limit_of(40.0, 100.0),))
+    for coordinate in (1.0, 0.5, 0.0):
+        assert limits.params_share_at(coordinate) == 1.0
+        assert limits.progress(coordinate) == 1 - coordinate

@@ -110,10 +110,28 @@ def test_costs_are_every_combination_of_measured_tracks() -> None:
     assert len(tracks_of("mix", both, shape)) == 4
 
 
+def test_host_track_is_measured_if_any_layer_took_time_there() -> None:
+    shape = shape_of(["kv-groups"], "gemma3_text")  # two kinds of layers
+    table = table_of(shape)
+    timings = dict(table.layers["decode.host"])
+    timings[max(timings)] = TIMING
+    table = replace(table, layers={**table.layers, "decode.host": timings})
+    assert len(timings) == 2
+    assert tracks_of("decode", table, shape) == [{"decode.host": 1.0}, {"decode.device": 1.0}]
+
+
 def test_table_without_a_layer_of_the_model_is_refused() -> None:
     shape = shape_of(["kv-groups"])
     with pytest.raises(ConfigError, match=r"lacks a layer of this model; leave budget.table out"):
         tracks_of("mix", replace(table_of(shape), layers={track: {} for track in TRACKS}), shape)
+
+
+@pytest.mark.parametrize("lacking", ["decode.host", "decode.device"])
+def test_table_that_lacks_a_layer_on_one_track_is_refused(lacking: str) -> None:
+    shape = shape_of(["kv-groups"])
+    table = table_of(shape, decode_host=2.0)
+    with pytest.raises(ConfigError, match="lacks a layer of this model"):
+        tracks_of("decode", replace(table, layers={**table.layers, lacking: {}}), shape)
 
 
 def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -331,3 +331,7 @@ def test_demo_gives_every_split_only_if_nothing_else_is_trained_on(monkeypatch: 
         read.clear()
         load_splits(DataConfig(train=train), 0)
         assert read == expected
+
+
+def test_splits_that_nothing_is_said_of_lost_no_row() -> None:
+    assert Splits(train=(), search=(), valid=(), test=()).dropped == 0

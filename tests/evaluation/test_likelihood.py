@@ -257,6 +257,19 @@ def test_pass_takes_as_many_tokens_as_are_allowed_and_no_more() -> None:
         answer_nll(model, examples, pad_id=0, max_tokens=40, tick=silent)
     assert passes == [(4, 10)] * 2
     passes.clear()
-    same = [TokenizedQuestion((3, 4, 5, 6, 7, 8), ((9, 10, 11), (12, 13, 14), (15, 16, 17))) for _ in range(4)]
+    same = [TokenizedQuestion((3, 4, 5, 6, 7, 8), ((9, 10, 11), (12, 13, 14), (15, 16, 17))) for _ in range(8)]
     scored(model, same, max_tokens=24)
-    assert passes == [(4, 6)] + [(3, 8)] * 4
+    assert passes == ([(4, 6)] + [(3, 8)] * 4) * 2
+
+
+def test_pass_makes_as_many_logits_as_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a prompt, and one for each token of an answer."""
+    model, made = tiny(), []
+    model.register_forward_hook(lambda _, __, output: made.append(output.logits.numel() // VOCABULARY))
+    monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 4 * VOCABULARY)
+    scored(model, [TokenizedQuestion((3, 4, 5), ((6,), (7,))) for _ in range(8)])
+    assert made == [4, 4]
+    made.clear()
+    with torch.inference_mode():
+        answer_nll(model, [Example((3, 4, 5, 6), 2)] * 8, pad_id=0, max_tokens=4096, tick=silent)
+    assert made == [4, 4, 4, 4]

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from prunetune.errors import DataError
+from prunetune.evaluation import paired
 from prunetune.evaluation.paired import compare_paired, holm, mcnemar
 from prunetune.evaluation.results import Item, TaskResult
 from prunetune.evaluation.statistics import aggregate_items
@@ -141,3 +142,13 @@ def test_answers_right_or_wrong_are_tested_by_mcnemar_and_graded_ones_by_randomi
     assert (counted.test, counted.p_value) == ("McNemar", mcnemar(9, 2))
     graded = compare_paired(task(first * 0.5, "rouge_l"), task(second, "rouge_l"), "rouge_l")
     assert graded.test == "randomisation"
+
+
+@pytest.mark.parametrize("chunk", [1, 2 * 9998, 2**22])
+def test_one_graded_item_is_no_evidence_however_many_resamples_fit_into_memory(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its two orders is as far from none as the one that was seen, so that p is one."""
+    monkeypatch.setattr(paired, "CHUNK", chunk)
+    better, worse = task(np.array([0.7]), "rouge_l"), task(np.array([0.4]), "rouge_l")
+    assert compare_paired(better, worse, "rouge_l").p_value == 1.0

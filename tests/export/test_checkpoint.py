@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, SelfCheckFailed
 from prunetune.export import stock_config
-from prunetune.export.checkpoint import add_old_rope_keys, write_checkpoint
+from prunetune.export.checkpoint import add_old_rope_keys, uniform_config_from_plan, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.model.history import PruningRun, read_history
 from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
@@ -90,6 +91,15 @@ def test_checkpoint_of_every_family_equals_gated_model(family: str, layout: str,
     assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
 
 
+def test_uniform_plan_of_query_heads_has_their_number_in_each_group() -> None:
+    """Of 2 groups of 3 heads, 2 heads each."""
+    model = tiny("qwen3", groups=2, ratio=3)
+    sites = find_sites(model, ["query-heads"])
+    plan = Plan({site.name: (0, 2, 4, 5) for site in sites}, {site.name: 6 for site in sites})
+    config = uniform_config_from_plan(model.config, plan, sites)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+
+
 def test_kv_groups_validator_builds_one_model_for_each_new_width(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     monkeypatch.setattr(
@@ -147,8 +157,6 @@ def test_layer_without_attention_is_written_as_skip_and_opens(tmp_path: Path) ->
 
 
 def test_self_check_fails_on_a_changed_weight_or_damaged_file(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     model = tiny("mistral")
     plan = uniform_plan(model, 0.6)
     sites = find_sites(model)
@@ -217,3 +225,29 @@ def test_old_readers_find_their_rope_keys(tmp_path: Path) -> None:
     file.write_text(json.dumps({"hidden_size": 8}))  # a model with learned positions
     add_old_rope_keys(file)
     assert json.loads(file.read_text()) == {"hidden_size": 8}
+
+
+def test_checkpoint_has_the_given_files_weights_and_runs(tmp_path: Path) -> None:
+    """Weights that are finished are moved into it, and the model's own are not written."""
+    model = tiny("llama")
+    sites, plan = find_sites(model), uniform_plan(model, 0.7)
+    cut(model, plan)
+    plain = write_checkpoint(model, subwords(), plan, sites, tmp_path / "plain", layout="uniform", card="")
+    assert read_history(str(plain.folder)) == ()
+    shards, image = tmp_path / "shards", tmp_path / "preprocessor_config.json"
+    shards.mkdir()
+    finished = {name: weight + 1 for name, weight in load_file(plain.folder / "model.safetensors").items()}
+    save_file(finished, shards / "model.safetensors", {"format": "pt"})
+    image.write_text("{}\n")
+    runs = tuple(PruningRun(f"run {index}", "uniform", 0.7, 1000, 9) for index in range(2))
+    written = write_checkpoint(
+        model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="", shards=shards,
+        processor_files=[image], history=runs,
+    )  # fmt: skip
+    assert read_history(str(written.folder)) == runs
+    assert (written.folder / image.name).read_bytes() == image.read_bytes()
+    assert not shards.exists()
+    weights = load_file(written.folder / "model.safetensors")
+    assert weights.keys() == finished.keys()
+    assert all(torch.equal(weight, finished[name]) for name, weight in weights.items())
+    assert (written.params, written.bytes) == (plain.params, plain.bytes)

@@ -70,6 +70,14 @@ def test_query_heads_of_a_group_are_counted_too() -> None:
     assert is_valid(2, 3)  # 6 heads
     assert not is_valid(2, 5)  # 10 do not divide 48
     assert is_valid(1, 3)
+    assert not is_valid(1, 5)
+
+
+def test_groups_of_the_dense_model_are_valid_and_no_others_where_attention_cannot_be_pruned() -> None:
+    single = kv_groups_validator(tiny_config("llama", groups=1, ratio=4))
+    assert [single(groups) for groups in (0, 1)] == [False, True]
+    whole = kv_groups_validator(tiny_config("olmo2", groups=2, ratio=2))  # its norm spans all heads
+    assert [whole(groups) for groups in (0, 1, 2)] == [False, False, True]
 
 
 def test_option_of_the_mlp_width_is_the_familys() -> None:

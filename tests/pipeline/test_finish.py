@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from prunetune.config.recipe import from_mapping
-from prunetune.pipeline.finish import _check_tokens, _weight_merger
+from prunetune.pipeline.finish import _check_tokens, _open_streamed, _weight_merger
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.sites import find_sites
@@ -62,6 +63,19 @@ def test_adapters_of_a_cut_model_are_merged_into_the_units_that_it_keeps() -> No
     expected = dict(pruned.named_parameters())
     for name, merged in cut(dense, plan, sites=sites).named_parameters():
         torch.testing.assert_close(merged, expected[name])
+
+
+@pytest.mark.parametrize(("family", "opens"), [("llama", True), ("mixtral", False)])  # mixtral: expert by expert
+def test_model_is_cut_layer_by_layer_if_its_files_use_the_names_of_its_class(
+    family: str, opens: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    context = SimpleNamespace(config=from_mapping({"model": str(tmp_path)}), sites=find_sites(model))
+    state = TrainingState(plan=random_plan(model), tensors={"adapters": {}})
+    streamed = _open_streamed(cast("RunContext", context), state)
+    assert (streamed is not None) == opens
+    assert ("cut as a whole" in caplog.text) != opens
 
 
 def test_check_takes_four_rows_of_equal_length_up_to_64_tokens() -> None:

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import from_mapping
 from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.cost.parameters import prunable_params
+from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
 from prunetune.manifest import CutFacts, ValidationFacts
@@ -29,7 +31,7 @@ from prunetune.search.select import min_params
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.parallel.ranks import SINGLE_PROCESS
 from prunetune.train.schedule import build_schedule
-from support.evaluation import choice, text
+from support.evaluation import characters, choice, speaker, text
 from support.models import tiny
 
 MODEL = tiny()
@@ -119,6 +121,19 @@ def test_rows_are_scored_where_they_are_wanted(tmp_path: Path) -> None:
     guarded = monitor_of(tmp_path, guard=5, validate={"limit": 2})
     assert (len(guarded.guard_rows), guarded.choice_rows, guarded.needs_dense_scores) == (2, (), True)
     assert monitor_of(tmp_path, "valid.nll <= 9 -> stop").needs_dense_scores
+
+
+def test_scores_are_of_the_rows_that_there_are() -> None:
+    model, choices, texts = speaker(), tuple(choice(index) for index in range(3)), (text(0), text(1))
+    context = SimpleNamespace(config=from_mapping({}), tokenizer=characters(), device=torch.device("cpu"))
+
+    def names_of(valid: tuple[Record, ...], guard: tuple[Record, ...]) -> set[str]:
+        return set(ValidationMonitor(cast("RunContext", context), (), valid, guard).score(model))
+
+    assert names_of((), ()) == set()
+    assert names_of(choices, ()) == {"valid.accuracy"}
+    assert names_of((), texts) == {"guard.nll", "guard.perplexity"}
+    assert names_of(choices, choices) == {"valid.accuracy", "guard.accuracy", "guard.nll", "guard.perplexity"}
 
 
 def test_limit_that_has_no_rows_to_score_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from prunetune.pipeline.requirements import gain_bench_options, judge_gain, meas
 from prunetune.plan import Plan
 from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan
 from prunetune.runs.folder import RunFolder
-from prunetune.utils.console import SilentConsole
 from support.bench import ScriptedRunner, facts
 from support.suites import model_folder
 
@@ -105,6 +104,15 @@ def test_misaligned_widths_are_named_worst_first() -> None:
         "require.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613"
     )
     assert "set budget.align to 128; by FLOPs the prefill can gain" in says
+    assert " more: " not in says
+
+
+def test_misaligned_widths_beyond_the_first_ones_are_counted() -> None:
+    sites = tuple(site(layer, "mlp", 1000) for layer in range(7))
+    plan = Plan({site.name: tuple(range(613)) for site in sites}, {site.name: site.units for site in sites})
+    says = judge_gain(*models(), RequireConfig(faster=3.0), plan, sites).limits[0].explanation
+    assert says is not None
+    assert (says.count("is 613"), says.count(" and 2 more: set budget.align")) == (5, 1)
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(1.2, "1.01"), (1.01, "1.0096"), (1.00961, "1.0096")])
@@ -148,6 +156,16 @@ def test_short_context_shortens_the_prompt(tmp_path_factory: pytest.TempPathFact
     assert (short.prompt, short.generate) == (3, 2)
 
 
+@pytest.mark.parametrize(("context", "prompt", "generate"), [(9, 5, 4), (3, 1, 2), (2, 1, 2), (0, 99, 77)])
+def test_prompt_and_answer_share_a_short_context_in_whole_tokens(
+    context: int, prompt: int, generate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 0 the model says nothing."""
+    monkeypatch.setattr(requirements, "context_length", lambda *_, **__: context)
+    options = gain_bench_options(from_mapping({"model": "x", "require": {"prompt": 99, "generate": 77}}))
+    assert (options.prompt, options.generate) == (prompt, generate)
+
+
 def test_missed_size_says_how_much_cannot_be_pruned_and_counts_layers_without_parameters() -> None:
     none = replace(site(3, "mlp", 10), unit_params=0)
     plan = plan_of(8, 900, 2, 256)
@@ -163,6 +181,7 @@ def test_missed_size_says_how_much_cannot_be_pruned_and_counts_layers_without_pa
 
 def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[list[str]] = []
+    announced: list[tuple[str, int]] = []
 
     def measure(names: list[str], options: BenchOptions) -> Any:
         timed.append(names)
@@ -178,13 +197,14 @@ def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: 
         folder.path.mkdir()
         folder.plan_file.write_text(plan_of(4, 512, 2, 256).to_json())
     context = SimpleNamespace(
-        console=SilentConsole(),
+        console=SimpleNamespace(stage=lambda name, steps: announced.append((name, steps))),
         device=torch.device("cpu"),
         sites=SITES,
         config=from_mapping({"require": {"faster": 2}}),
     )
     measure_gain(folders[0], folders, cast("RunContext", context))
     assert timed == [[str(folder.path)] for folder in folders]
+    assert announced == [(f"bench: dense and {name} in turns", 0) for name in ("large", "small")]  # of unknown length
     assert set(gains) == {"large", "small"}
     assert [limit.is_met for limit in gains["small"].limits] == [True]
     assert json.loads(folders[0].bench_file.read_text()) == [{"names": names} for names in timed]

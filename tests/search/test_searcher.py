@@ -15,7 +15,7 @@ from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_para
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.search.searcher import Searcher
+from prunetune.search.searcher import Searcher, round_straight_through
 from support.models import tiny
 
 KEEP = 0.6
@@ -107,3 +107,13 @@ def test_budget_loss_under_limits_pulls_to_their_share_of_prices() -> None:
     searcher.allowed_keep = (1 + KEEP) / 2  # half way to the limits
     loss = searcher.budget_loss({site.name: torch.ones(site.units) for site in SITES})
     assert float(loss) == pytest.approx(math.log(1 / 0.65), rel=1e-5)
+
+
+def test_rounded_gate_is_open_above_one_half_and_has_the_gradient_of_the_soft_one() -> None:
+    soft = torch.tensor([0.0, 0.2, 0.5, 0.50001, 1.0], requires_grad=True)
+    rounded = round_straight_through(soft)
+    assert rounded.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
+    weights = torch.arange(5.0)
+    (rounded @ weights).backward()  # type: ignore[no-untyped-call]
+    assert soft.grad is not None
+    assert torch.equal(soft.grad, weights)

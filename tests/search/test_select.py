@@ -305,6 +305,21 @@ def test_block_that_a_limit_refuses_is_added_with_the_next_if_both_fit() -> None
     assert all(len(plan.kept[site.name]) == site.units for site in sites if site.kind is UnitKind.KV_GROUP)
 
 
+@both_layouts
+def test_limit_is_accepted_down_to_the_smallest_plan(layout: str) -> None:
+    """That one has 8 channels in each of 3 layers, which cost 28."""
+    sites = find_sites(tiny())
+    cost, scores = TiledCost(model_shape(tiny(), sites)), {site.name: torch.zeros(site.units) for site in sites}
+
+    def plan_within(limit: float) -> Plan:
+        limits = BudgetLimits((BudgetLimit("latency", (cost,), limit, 3 * 96.0),))
+        return select(scores, sites, 0.0, PlanConstraints(layout, 8, limits=limits))
+
+    assert kept_params(sites, plan_within(3 * 28.0)) > 0
+    with pytest.raises(PlanError, match=f"not even the smallest plan of layout {layout} with budget.align 8"):
+        plan_within(3 * 28.0 - 1)
+
+
 def test_infeasible_keep_is_refused_with_the_least_that_is_accepted() -> None:
     """In three digits."""
     for name in GEOMETRIES:

@@ -129,3 +129,22 @@ def test_given_plan_is_cut_before_the_first_step() -> None:
     assert cut is not None
     assert schedule.keep_after(cut) == pytest.approx(KEEP)
     assert [schedule.phase_at(step) for step in range(3)] == ["tune"] * 3
+
+
+def test_smaller_size_branches_off_when_the_last_cut_was_tuned_as_long_as_the_one_before() -> None:
+    assert [cut.step for cut in schedule_of(100).cuts] == [0, 5, 10, 15]
+    assert schedule_of(100).branch_step == 20
+    assert schedule_of(100, cuts=2, span=1.0).branch_step == 100
+    assert schedule_of(5).branch_step == 4
+    assert schedule_of(100, cuts=1).branch_step == 100
+
+
+def test_generator_cuts_once_to_the_budget_when_its_decision_has_settled() -> None:
+    search = {"method": "generator", "share": 0.4, "settle": 0.1}
+    schedule = build_schedule(from_mapping({"budget": {"keep": KEEP}, "train": {"steps": 50}, "search": search}))
+    (cut,) = schedule.cuts
+    assert (cut.step, schedule.keep_after(cut)) == (25, pytest.approx(KEEP))
+    assert [schedule.stage_steps(step) for step in (0, 24, 25, 49)] == [25] * 4
+    assert schedule_of(40).stage_steps(1) == 2
+    settled = schedule.decided_at(30)
+    assert ([cut.step for cut in settled.cuts], settled.keep_after(settled.cuts[0])) == ([30], pytest.approx(KEEP))

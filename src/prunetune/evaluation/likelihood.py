@@ -191,7 +191,7 @@ def answer_nll(
         for indices in batch_by_length(
             group,
             lambda index: examples[index].loss_tokens,
-            lambda rows, longest: rows * (longest + 1) * vocabulary <= MAX_LOGITS_PER_PASS,
+            lambda rows, longest: rows * longest * vocabulary <= MAX_LOGITS_PER_PASS,
         ):
             batch = collate([examples[index] for index in indices], pad_id).to(model.device)
             for index, total, tokens in zip(indices, *_batch_nll(model, batch), strict=True):

@@ -103,7 +103,7 @@ class EquivalentFamily:
 
 
 def _does_not_divide(config: Any, heads: int, _: int) -> bool:
-    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    biased = config.attention_bias or config.mlp_bias
     return bool(config.hidden_size % heads) and not biased  # Mistral has no biases
 
 

@@ -173,5 +173,5 @@ def _open_streamed(context: RunContext, state: TrainingState) -> StreamedModel |
 def _check_tokens(context: RunContext) -> Tensor:
     """[B, T] ids of real examples, at most 4 of 64 tokens, cut to equal length."""
     examples = context.encoded["test"].examples[:4]
-    length = min(64, *(len(example.token_ids) for example in examples)) if examples else 1
+    length = min(64, *(len(example.token_ids) for example in examples))  # a run without any was refused
     return torch.tensor([example.token_ids[:length] for example in examples])

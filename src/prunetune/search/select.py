@@ -170,8 +170,6 @@ class BudgetTracker:
 
     def fits(self, widths: SiteWidths) -> bool:
         """Whether the model of these widths is within every limit."""
-        if not self.cost_limits:
-            return True
         counts = self.nested_sites.kept_unit_counts(widths, self.nested_sites.sites)
         return self._within_limits([total_cost(cost, counts) for cost, _ in self.cost_limits])
 

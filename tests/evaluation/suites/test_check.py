@@ -97,6 +97,20 @@ def test_without_limits_a_task_must_not_be_significantly_worse() -> None:
     assert not check_task(answers("1" * 40), answers("1" * 20 + "0" * 20)).broken  # better is not worse
 
 
+def test_task_without_limits_is_not_judged_without_a_reference() -> None:
+    result = check_task(answers("10"), None)
+    assert (result.verdicts, result.errors, result.exit_code) == ((), {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"), [(0, "p 1.0000"), (7, "p 0.0156"), (14, "p 0.0001"), (15, "p < 0.0001"), (40, "p < 0.0001")]
+)
+def test_p_value_is_said_in_four_digits_and_is_never_zero(lost: int, said: str) -> None:
+    """That of `lost` changed items, none of which the model gained, is twice 0.5 ** lost."""
+    (verdict,) = check_task(answers("0" * lost + "1" * 40), answers("1" * (lost + 40)), correction="none").verdicts
+    assert verdict.says.endswith(f"{said})")
+
+
 def test_many_tests_are_corrected_for_each_other() -> None:
     """Seven lost of seven: p = 0.016, which one test alone would call significant, and the first of ten would not."""
     worse, same = answers("0" * 7 + "1" * 30), answers("1" * 37)
@@ -189,6 +203,13 @@ def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
     assert len(result.failures) == 30
 
 
+def test_limit_without_a_reference_is_judged_whatever_rows_the_reference_has(tmp_path: Path) -> None:
+    suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5, "max": 1}}})
+    current, saved = inserted(suite, tmp_path / "rows.jsonl", at=0)
+    result = check_limits(current, saved, suite)
+    assert ([verdict.broken for verdict in result.verdicts], result.errors) == ([False, False], {})
+
+
 def test_limits_of_a_group_hold_for_its_tasks() -> None:
     suite = parse_suite({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
     result = check_limits(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
@@ -245,6 +266,18 @@ def test_check_json_is_complete_and_has_no_nan() -> None:
     assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
     assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
     assert "BROKEN  t: accuracy is 0, at least 0.5 is required" in render_check(result)
+
+
+def test_check_json_says_ok_where_the_exit_code_is_0() -> None:
+    for mine, ok in ((answers("1"), True), (answers("0"), False), (TaskResult("t", {}, (), error="down"), False)):
+        result = check_task(mine, None, {"min": 0.5})
+        assert json.loads(result.to_json())["ok"] is (result.exit_code == 0) is ok
+
+
+def test_check_json_has_text_as_it_is() -> None:
+    (item,) = answers("0").items
+    mine = replace(answers("0"), items=(replace(item, got="größer"),))
+    assert "größer" in check_task(mine, answers("1")).to_json()
 
 
 def test_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
