@@ -82,7 +82,7 @@ def other_value(path: str) -> Any:
 
 def required_options(path: str) -> dict[str, Any]:
     """Other options that an option requires."""
-    return {"distill": {"teacher": "base"}} if path == "data.texts" else {}
+    return {"budget": {"quality": 0.9}} if path == "budget.quality_of" else {}
 
 
 def boundary_values(path: str) -> tuple[list[float], list[float]]:

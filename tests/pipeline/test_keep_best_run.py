@@ -26,7 +26,7 @@ BEST, PATIENCE = 7, 2
 def _valley(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss on valid falls up to a step, and rises after it."""
 
-    def scores(validation: Validation, _: Any) -> tuple[dict[str, float], float]:
+    def scores(validation: Validation, *_: Any, **__: Any) -> tuple[dict[str, float], float]:
         step = validation.job.train_stream.last + 1  # type: ignore[attr-defined]
         return {"valid.nll": 1 + abs(step - BEST) / 10, "valid.perplexity": 1.0}, 0.0
 

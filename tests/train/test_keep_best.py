@@ -30,7 +30,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 def _valley(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss on valid falls up to the step BEST, and rises after it."""
 
-    def scores(validation: Validation, _: Any) -> tuple[dict[str, float], float]:
+    def scores(validation: Validation, *_: Any, **__: Any) -> tuple[dict[str, float], float]:
         return {"valid.nll": 1 + abs(validation.job.observer.steps[-1]["step"] - BEST) / 10, "valid.perplexity": 1}, 0.0  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Validation, "_timed_scores", scores)
