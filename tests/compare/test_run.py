@@ -105,6 +105,19 @@ def test_comparison_writes_a_file_for_every_cell(done: Path) -> None:
         assert "valid_nll" not in cell
 
 
+def test_models_are_scored_as_a_gguf_file_would_hold_them(workspace: Path, tmp_path: Path) -> None:
+    methods = ["dense", "random", "progressive"]
+    folder = compare(
+        config_of(workspace, tmp_path / "c", compare={"methods": methods, "seeds": [0], "formats": ["q8_0"]})
+    )
+    rows = {row["method"]: row for row in comparison_of(folder)["rows"]}
+    assert list(rows) == ["dense", "dense+q8_0", "random", "progressive", "progressive+q8_0"]
+    assert rows["progressive+q8_0"]["bytes"] < rows["progressive"]["bytes"] < rows["dense"]["bytes"]
+    difference = rows["dense+q8_0"]["scores"]["nll"]["value"] - rows["dense"]["scores"]["nll"]["value"]
+    assert 0 < abs(difference) < 0.01
+    assert "The smallest weights" in (folder / "table.md").read_text()
+
+
 def test_teacher_is_tuned_once_for_each_seed_and_its_seconds_are_reported(
     workspace: Path, tmp_path: Path, trained_seeds: list[int], done: Path
 ) -> None:

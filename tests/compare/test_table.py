@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from prunetune.compare.markdown import render_markdown
+from prunetune.compare.markdown import format_smallest, render_markdown
+from prunetune.compare.page import render_page
 from prunetune.compare.table import SeedGroup, aggregate, mean_difference
 from prunetune.config.recipe import from_mapping
 from prunetune.evaluation.statistics import mean_score as mean_of
+from prunetune.manifest import Manifest
 from support.comparison import cell, failed, item, realistic, task
 
 CONFIG = from_mapping({"compare": {"keeps": [0.6]}})
@@ -181,3 +183,37 @@ def test_cells_of_0_1_0_give_the_same_table() -> None:
         }
         old.append({key: value for key, value in new.items() if key not in ("general", "made")} | {"items": items})
     assert aggregate(old, RATES, CONFIG)["rows"] == aggregate(cells, RATES, CONFIG)["rows"]
+
+
+def sized(method: str, loss: float, megabytes: int, **formats: tuple[float, int]) -> dict[str, Any]:
+    """A cell of four items of this loss, with its scores in formats: (loss, megabytes) each."""
+    stored = {}
+    for name, (stored_loss, stored_megabytes) in formats.items():
+        found = simple(method, *[stored_loss] * 4)
+        stored[name] = {key: found[key] for key in ("headline", "scores", "items")} | {
+            "bytes": stored_megabytes * 10**6
+        }
+    return simple(method, *[loss] * 4, bytes=megabytes * 10**6, formats=stored)
+
+
+def test_model_scored_in_a_format_has_a_row_of_its_own_and_the_smallest_about_as_good_is_named() -> None:
+    cells = [
+        sized("dense", 1.0, 270, q8_0=(1.001, 140), q4_k_m=(1.1, 90)),
+        sized("progressive", 1.01, 200, q8_0=(1.015, 110), q4_k_m=(1.2, 70)),
+        simple("taylor", *[1.3] * 4),
+    ]
+    comparison = aggregate(cells, {"dense": 1e-3, "taylor": 1e-3, "progressive": 1e-3}, CONFIG)
+    assert {row["method"] for row in comparison["rows"]} == {
+        "dense", "dense+q8_0", "dense+q4_k_m", "taylor", "progressive", "progressive+q8_0", "progressive+q4_k_m",
+    }  # fmt: skip
+    assert (comparison["reference"], comparison["rates"]) == ("progressive", [])
+    words = "The smallest weights within 2% of dense in loss: progressive+q8_0 with 40% removed, 110 of 270 MB."
+    assert format_smallest(comparison) == words
+    assert "The smallest weights within 2% of dense" in render_markdown(comparison)
+    assert "<svg" in render_page(comparison, Manifest.from_dict({}), "", "formats")
+    assert words in render_page(comparison, Manifest.from_dict({}), "", "formats")
+
+
+def test_comparison_in_one_format_names_no_smallest_weights() -> None:
+    comparison = aggregate([sized("dense", 1.0, 270), sized("progressive", 1.0, 200)], RATES, CONFIG)
+    assert format_smallest(comparison) == ""

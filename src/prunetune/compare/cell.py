@@ -21,6 +21,7 @@ from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
 from prunetune.evaluation.scoring_mode import context_length
+from prunetune.export.gguf.rounding import rounded_as_stored
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import RunContext, resolve_auto, with_distill_texts
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
@@ -132,9 +133,12 @@ class CellRunner:
             peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
             started = time.monotonic()
             scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
+            formats = () if cell.method.kind == "two-stage" else context.config.compare.formats
             return {
                 **cell_header(cell),
                 **scores,
+                "bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
+                "formats": {name: self._score_as_stored(model, context, name) for name in formats},
                 "kept": kept_params(context.sites, plan) / sum(site.params for site in context.sites),
                 "widths": plan.widths(),
                 **facts,
@@ -145,6 +149,11 @@ class CellRunner:
                 "dtype": str(context.dtype).removeprefix("torch."),
                 "versions": environment.describe_environment(context.device, context.dtype, "", cell.seed)["versions"],
             }
+
+    def _score_as_stored(self, model: Any, context: RunContext, format: str) -> JsonObject:
+        """Scores of the model with the weights of a .gguf file, and the bytes of these."""
+        rounded, size = rounded_as_stored(model, format)
+        return {**score_model(rounded, context, self._on_progress, needs_valid_nll=False), "bytes": size}
 
     def raise_if_interrupted(self) -> None:
         """Raises `Interrupted` if the comparison has been interrupted."""

@@ -87,6 +87,42 @@ def draw_metric_chart(
     return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
 
 
+def draw_size_chart(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> ComparisonChart | None:
+    """Mean loss over the bytes of the weights, a line over sizes for each method and format."""
+    scored = [row for row in rows if row.get("bytes") and row["scores"].get("nll", {}).get("value") is not None]
+    if not scored:
+        return None
+    markup = svg.render_svg(
+        "compare-bytes",
+        "Mean NLL by bytes of the weights; the tables below have the numbers",
+        FIGURE_WIDTH,
+        3.0,
+        lambda figure: _draw_sizes(figure, scored, styles),
+    )
+    caption = "Lower and further left is better. Bars: one standard error over items."
+    return ComparisonChart("Mean NLL by size of the weights", markup, caption)
+
+
+def _draw_sizes(figure: Figure, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = {row["bytes"]: row for row in rows if row["method"] == name}  # a dense one is in every size's rows
+        style, ordered = styles[name], [points[size] for size in sorted(points)]
+        values, errors = zip(*(_score(row, "nll") for row in ordered), strict=True)
+        axes.errorbar(
+            [row["bytes"] / 1e6 for row in ordered], values, yerr=[error or 0.0 for error in errors],
+            color=style.colour, marker=style.marker, linestyle=style.line_style, elinewidth=0.8,
+            markersize=6 if style.is_reference else 4.5, linewidth=2.4 if style.is_reference else 1.2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("weights, MB")
+
+
 def _score(row: JsonObject, metric: str) -> tuple[float, float | None]:
     score = row["scores"][metric]
     return score["value"], score["se"]

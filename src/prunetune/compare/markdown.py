@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prunetune.compare.table import smallest_file
 from prunetune.report import formatting
 from prunetune.utils.untrusted import markdown_text
 
@@ -14,7 +15,7 @@ ABSENT = ""  # a value that a cell of the table does not have
 
 def render_markdown(comparison: Mapping[str, Any]) -> str:
     """Markdown tables: of each budget the means, what was forgotten and the tasks; the learning rates; failed cells."""
-    sections = [markdown_text(format_made(comparison))]
+    sections = [markdown_text(text) for text in (format_made(comparison), format_smallest(comparison))]
     for keep in comparison["keeps"]:
         if rows := [row for row in comparison["rows"] if row["keep"] == keep]:
             sections += _budget_tables(comparison, keep, rows)
@@ -31,7 +32,7 @@ def _budget_tables(comparison: Mapping[str, Any], keep: float, rows: Sequence[Ma
     head = ["method", "help", "lr", "seeds", "kept", "gap", "acc of dense"]
     for metric in comparison["metrics"]:
         head += [metric, "sd", "se", f"- {reference}"]
-    head += ["cost s", "train s", "teacher s", "MB"]
+    head += ["weights MB", "cost s", "train s", "teacher s", "peak MB"]
     title = (
         f"Keep {keep:g}, split {comparison['split']}: means over seeds; sd over seeds, se over items; "
         f"minus {reference} with its standard error over paired items (over seeds), * beyond two of both; "
@@ -69,6 +70,7 @@ def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     for metric in metrics:
         score = row["scores"].get(metric, {})
         cells += [format_number(score.get(name)) for name in ("value", "sd", "se")] + [format_difference(score)]
+    cells += [format_megabytes(row.get("bytes"))]
     seconds = [format_seconds(row[key]) for key in ("cost_seconds", "train_seconds", "teacher_seconds")]
     return [*cells, *seconds, ABSENT if row["peak_mb"] is None else formatting.count(row["peak_mb"])]
 
@@ -80,6 +82,19 @@ def format_made(comparison: Mapping[str, Any]) -> str:
     parts = [days, *(f"prunetune {version}" for version in made["versions"])]
     parts += [f"commit {commit[:9]}" for commit in made["commits"]]
     return ", ".join([comparison["model"], *filter(None, parts)]) + "."
+
+
+def format_smallest(comparison: Mapping[str, Any]) -> str:
+    """Which weights are the smallest that are about as good as dense; "" where weights were scored in one format."""
+    row = smallest_file(dict(comparison))
+    if row is None or not any("+" in other["method"] for other in comparison["rows"]):
+        return ""
+    largest = max(other["bytes"] for other in comparison["rows"] if other.get("bytes"))
+    size = "" if row["kind"] == "dense" else f" with {formatting.share(1 - row['kept'])} removed"
+    return (
+        f"The smallest weights within 2% of dense in loss: {row['method']}{size}, {format_megabytes(row['bytes'])} of "
+        f"{format_megabytes(largest)} MB."
+    )
 
 
 def format_learning_rate(row: Mapping[str, Any]) -> str:
@@ -120,6 +135,11 @@ def is_significant(score: Mapping[str, Any]) -> bool:
     if difference is None or error is None:
         return False
     return bool(abs(difference) > 2 * max(error, score.get("difference_seed_se") or 0.0))
+
+
+def format_megabytes(value: float | None) -> str:
+    """Bytes as megabytes, 10**6; "" for None."""
+    return ABSENT if value is None else f"{value / 1e6:,.0f}" if value >= 1e8 else f"{value / 1e6:.3g}"
 
 
 def format_seconds(value: float | None) -> str:

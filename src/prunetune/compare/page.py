@@ -35,7 +35,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         "signed": markdown.format_signed, "difference": markdown.format_difference,
         "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
         "seeds": markdown.format_seeds, "significance": significance_class,
-        "number": markdown.format_number,
+        "number": markdown.format_number, "megabytes": markdown.format_megabytes,
     }  # fmt: skip
     rows, reference = comparison["rows"], comparison["reference"]
     styles = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), reference)
@@ -46,10 +46,13 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         charts.draw_metric_chart(number, metric, label, rows, styles)
         for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
+    if smallest := markdown.format_smallest(comparison):
+        metric_charts.insert(0, charts.draw_size_chart(rows, styles))
     page = environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
         verdict=verdict(comparison),
+        smallest=smallest,
         labels=labels,
         forgetting=forgetting,
         tasks=tasks,

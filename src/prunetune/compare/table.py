@@ -21,8 +21,8 @@ FORMAT = "prunetune-comparison-1"
 COST_KEYS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
 # The values of a row whose cells all failed.
 EMPTY_ROW: JsonObject = {
-    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, "help": None, **dict.fromkeys(COST_KEYS),
-    "cost_seconds": None, "crowded": False,
+    "kept": None, "bytes": None, "scores": {}, "gap": None, "acc_of_dense": None, "help": None,
+    **dict.fromkeys(COST_KEYS), "cost_seconds": None, "crowded": False,
 }  # fmt: skip
 
 
@@ -101,8 +101,15 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
     `learning_rates` is each method's choice. Values that are not finite are None, as JSON has none.
     """
     keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
+    trials = _learning_rate_trials(cells, learning_rates)
+    cells = [stored for cell in cells for stored in (cell, *_as_stored(cell))]
+    learning_rates = {
+        method: rate
+        for name, rate in learning_rates.items()
+        for method in dict.fromkeys(cell["method"] for cell in cells if cell["method"].split("+")[0] == name)
+    } | dict(learning_rates)
     kinds = {cell["method"]: method_kind(cell) for cell in cells}
-    own = [name for name in learning_rates if kinds.get(name) == "progressive"]
+    own = [name for name in learning_rates if kinds.get(name) == "progressive" and "+" not in name]
     # That others are compared with: `progressive`, or the first variant of it if that did not run.
     reference = REFERENCE if REFERENCE in own or not own else own[0]
     rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
@@ -115,7 +122,7 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
         **_columns(cells, rows),
         "made": _made(cells),
         "rows": rows,
-        "rates": _learning_rate_trials(cells, learning_rates),
+        "rates": trials,
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
     }
 
@@ -138,6 +145,30 @@ def _made(cells: Sequence[JsonObject]) -> JsonObject:
     """The days on which the cells ran, and the commits and versions that ran them; cells of 0.1.0 name the version."""
     made = [{"version": cell.get("versions", {}).get("prunetune")} | cell.get("made", {}) for cell in cells]
     return {f"{key}s": sorted({part[key] for part in made if part.get(key)}) for key in ("date", "commit", "version")}
+
+
+def _as_stored(cell: JsonObject) -> list[JsonObject]:
+    """The cell once more for each format that its model was scored in, as a method of its own: "progressive+q4_k_m"."""
+    formats = cell.get("formats", {})
+    return [{**cell, **scores, "method": f"{cell['method']}+{name}", "formats": {}} for name, scores in formats.items()]
+
+
+def smallest_file(comparison: JsonObject, within: float = 0.02) -> JsonObject | None:
+    """The row of the smallest weights whose mean loss is at most so much above the dense tuned model's; or None.
+
+    Differences within one standard error of the items count as none.
+    """
+    dense = next((row for row in comparison["rows"] if row["method"] == DENSE and row["scores"].get("nll")), None)
+    if dense is None:
+        return None
+    loss, candidates = dense["scores"]["nll"]["value"], []
+    for row in comparison["rows"]:
+        score = row["scores"].get("nll", {})
+        if row.get("bytes") and score.get("value") is not None:
+            error = score.get("dense_se") or 0.0
+            if score["value"] - error <= loss * (1 + within):
+                candidates.append(row)
+    return min(candidates, key=lambda row: (row["bytes"], row["scores"]["nll"]["value"]), default=None)
 
 
 def _learning_rate_trials(cells: Sequence[JsonObject], learning_rates: Mapping[str, float]) -> list[JsonObject]:
@@ -210,8 +241,11 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
                 "se": finite_or_none(standard_error(group.task_results(metric).values())),
                 **(mean_difference(group, reference, metric) if reference and method != reference_name else {}),
             }
+            if metric == "nll" and dense and method != DENSE:
+                scores[metric]["dense_se"] = mean_difference(group, dense, metric).get("difference_se")
     return {
         "kept": mean([cell["kept"] for cell in group.cells]),
+        "bytes": finite_or_none(mean([cell["bytes"] for cell in group.cells if "bytes" in cell])),
         "scores": scores,
         "gap": _relative_to_dense(group, dense, "nll", ratio=False),
         "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),

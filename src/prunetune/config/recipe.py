@@ -305,6 +305,9 @@ class RequireConfig:
         return bool(self.smaller or self.faster)
 
 
+GgufFormat = Literal["q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What `prunetune compare` compares: all with the same data, steps and budget."""
@@ -339,6 +342,12 @@ class CompareConfig:
         "the first: `prunetune compare a.yaml b.yaml`.",
         entry_name="recipe",
         is_path=True,
+    )
+    formats: tuple[GgufFormat, ...] = option(
+        (),
+        "Types of a .gguf file, such as q8_0 or q4_k_m: dense and progressive models are also scored with the weights "
+        "that such a file would hold, as rows of their own.",
+        entry_name="name",
     )
     jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
 

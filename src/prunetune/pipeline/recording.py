@@ -117,7 +117,7 @@ def raise_if_limits_broken(context: RunContext) -> None:
     ]
     if quality := context.config.budget.quality:
         reasons += [
-            f"budget.{budget.budget} ({budget.words}) is not met, since no smaller model keeps budget.quality {quality:g}"
+            f"budget.{budget.budget} ({budget.words}) is not met: no smaller model keeps budget.quality {quality:g}"
             for budget in manifest.budgets
             if budget.counted is not None and budget.limit is not None and budget.counted > budget.limit * (1 + 1e-9)
         ]

@@ -17,6 +17,7 @@ from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export.gguf import llamacpp, mixes, tensors
 from prunetune.export.gguf.architectures import LLAMA, UNIFORM_ARCHITECTURES, select_architecture
+from prunetune.export.gguf.rounding import rounded_as_stored
 from prunetune.export.gguf.tensors import build_tensors
 from prunetune.export.gguf.write import verify_tensors, write_gguf
 from prunetune.export.result import ExportOptions
@@ -340,3 +341,26 @@ def test_error_line_prefers_the_message_of_llama_cpp() -> None:
     assert llamacpp._error_line(output) == "no merges"
     assert llamacpp._error_line("odd\nRuntimeError: worse") == "RuntimeError: worse"
     assert llamacpp._error_line("") == ""
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_k_m"])
+def test_model_rounded_in_memory_is_the_model_in_the_file(dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    sizes = {**DIVISIBLE, "num_hidden_layers": 12}  # more than ten, whose names do not sort by number
+    run, model = run_folder(tmp_path / "run", subwords(), plan=plan_of(tiny("llama", **sizes), 1, 256), **sizes)
+    path = export_run(run, "gguf", options=ExportOptions(dtype=dtype)).path
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    rounded, size = rounded_as_stored(model, dtype)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert size == sum(int(tensor.n_bytes) for tensor in stored.values())
+    for file_name, name in (
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("output.weight", "lm_head.weight"),
+        *((f"blk.{layer}.ffn_down.weight", f"model.layers.{layer}.mlp.down_proj.weight") for layer in range(12)),
+        *((f"blk.{layer}.attn_v.weight", f"model.layers.{layer}.self_attn.v_proj.weight") for layer in range(12)),
+    ):
+        tensor = stored[file_name]
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        assert torch.equal(rounded.get_parameter(name), values), file_name
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())

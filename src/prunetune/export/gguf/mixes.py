@@ -64,12 +64,16 @@ def mixed_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, 
         elif kind == "attn_qkv.weight":
             type = mix.fused
         elif kind in FINER_TENSORS:
-            alike = [other for other in shapes if other.endswith(f".{kind}")]
+            alike = sorted((other for other in shapes if other.endswith(f".{kind}")), key=_layer)  # 2 before 10
             type = mix.finer if _is_finer(alike.index(name), len(alike)) else mix.most
         if shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
             type = OF_OTHER_ROWS.get(type, type)
         types[name] = type if shape[-1] % gguf.GGML_QUANT_SIZES[type][0] == 0 else Type.F16
     return types
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
 
 
 def _is_finer(index: int, count: int) -> bool:
