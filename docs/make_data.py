@@ -78,7 +78,7 @@ counted.
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
 
 Text formats may be compressed: `.gz`, `.zst`, `.bz2`, as in `rows.jsonl.gz`. They are UTF-8 or, with a byte order
-mark, UTF-16. Other text is read as Windows-1252 (or Latin-1), and a warning shows a line. Line ends of Windows
+mark, UTF-16. Other text is read as Windows-1252 (or Latin-1), and a warning names a line. Line ends of Windows
 become those of Unix. Two columns of one name are refused.
 
 ## Shapes of rows

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.errors import DataError
+from prunetune.errors import HIDDEN, DataError
+from prunetune.evaluation.item_subset import make_ids_unique
+from prunetune.utils.redaction import Redaction
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
 FORMAT = "prunetune-evaluation-1"
@@ -38,6 +41,18 @@ class Item:
     got: str  # the chosen choice or the generated answer; "" where nothing was generated
     correct: bool | None  # None where nothing was chosen or generated
     scores: dict[str, float]  # this item's share of the task's scores; texts and answers also carry "tokens"
+    line: str = ""  # "file:line", its id where rows are hidden; not in the JSON
+
+    def redacted(self, redaction: Redaction, numbers: Mapping[str, str] | None = None) -> Item:
+        """The item as it may be shown; hidden answers are named by `numbers`, so that equal ones stay equal."""
+        known, shown = numbers or {}, redaction.text
+        return dataclasses.replace(
+            self,
+            id=shown(self.id) if redaction.samples else self.line or HIDDEN,
+            prompt=shown(self.prompt),
+            expected=known.get(self.expected) or shown(self.expected),
+            got=known.get(self.got) or shown(self.got),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,13 @@ class TaskResult:
     items: tuple[Item, ...]
     error: str = ""  # why there are no scores
     general: bool = False  # of data.general: reported, but in no mean over tasks
+
+    def redacted(self, redaction: Redaction) -> TaskResult:
+        """The result as it may be shown: hidden answers become their number among the task's right ones."""
+        right = [] if redaction.samples else sorted({item.expected for item in self.items} - {""})
+        numbers = {text: text if is_hidden(text) else f"{HIDDEN} answer {n}" for n, text in enumerate(right, 1)}
+        items = [item.redacted(redaction, numbers) for item in self.items]
+        return dataclasses.replace(self, items=with_ids(items, [item.id for item in items]))
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,23 @@ class Evaluation:
         items = [item.scores for result in self.tasks.values() for item in result.items]
         return any("nll" in scores and "bytes" not in scores for scores in items)
 
+    def redacted(self, redaction: Redaction) -> Evaluation:
+        """The evaluation as it may be written."""
+        return Evaluation({name: result.redacted(redaction) for name, result in self.tasks.items()})
+
+    def by_line(self) -> Evaluation:
+        """The evaluation with lines as ids, as one whose rows are hidden has them."""
+        results = self.tasks.items()
+        lines = {
+            name: with_ids(result.items, [item.line or item.id for item in result.items]) for name, result in results
+        }
+        return Evaluation({name: dataclasses.replace(result, items=lines[name]) for name, result in results})
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether texts of items are hidden."""
+        return any(is_hidden(item.prompt) for result in self.tasks.values() for item in result.items)
+
     def to_json(self) -> str:
         """The evaluation as JSON text, stable to the byte: nan and inf become null, long prompts lose their end."""
         tasks = {name: _task_to_dict(result) for name, result in self.tasks.items()}
@@ -96,6 +135,16 @@ class Evaluation:
             raise DataError(
                 f"not an evaluation: {shorten(repr(broken))}; expected what `prunetune eval` writes"
             ) from broken
+
+
+def is_hidden(text: str) -> bool:
+    """Whether the text stands in place of one that is not shown."""
+    return re.fullmatch(rf"{re.escape(HIDDEN)}( answer \d+)?", text) is not None
+
+
+def with_ids(items: Sequence[Item], ids: Sequence[str]) -> tuple[Item, ...]:
+    """The items with other ids, made unique."""
+    return tuple(dataclasses.replace(item, id=id) for item, id in zip(items, make_ids_unique(ids), strict=True))
 
 
 def headline_metric(result: TaskResult) -> str:
@@ -121,8 +170,11 @@ def _task_to_dict(result: TaskResult) -> dict[str, Any]:
             for metric, score in result.scores.items()
         },
         "items": [
-            dataclasses.asdict(item)
-            | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": {k: _finite(v) for k, v in item.scores.items()}}
+            {
+                **{name: getattr(item, name) for name in ("id", "prompt", "expected", "got", "correct")},
+                "prompt": item.prompt[:MAX_PROMPT_CHARS],
+                "scores": {k: _finite(v) for k, v in item.scores.items()},
+            }
             for item in result.items
         ],
         **({"error": result.error} if result.error else {}),
@@ -159,4 +211,5 @@ def _item(data: Mapping[str, Any]) -> Item:
         got=str(data["got"]),
         correct=data["correct"],
         scores={metric: _number(value) for metric, value in data["scores"].items()},
+        line=str(data["id"]) if is_hidden(str(data["prompt"])) else "",
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prunetune.config.recipe import RunConfig, load_saved_recipe
 from prunetune.errors import DataError, ModelError
@@ -33,6 +33,8 @@ from prunetune.utils.files import expand_path
 from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
 
+EvalOptionsT = TypeVar("EvalOptionsT", bound=EvalOptions)
+
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
     """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
@@ -46,6 +48,14 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
     if path.suffix == ".gguf":
         return _with_cache(_gguf(path, options, store), store, options)
     return _with_cache(CheckpointBackend(resolve_checkpoint(name), options, store), store, options)
+
+
+def resolve_samples(options: EvalOptionsT, *names: str) -> EvalOptionsT:
+    """The options with `samples` and `redact` as the first run among the names says, where `samples` is auto."""
+    runs = [run for name in names if "://" not in name and (run := read_run_config(expand_path(name)))]
+    if options.samples != "auto" or not runs:
+        return options
+    return replace(options, samples=runs[0].report.samples, redact=(*options.redact, *runs[0].report.redact))
 
 
 def check_can_open(name: str, options: EvalOptions) -> None:
@@ -136,7 +146,7 @@ def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
 
 
 def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> Backend:
-    return CachedBackend(backend, store) if options.cache else backend
+    return CachedBackend(backend, store, options.redaction) if options.cache else backend
 
 
 @dataclass(frozen=True)
