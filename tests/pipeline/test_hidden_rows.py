@@ -155,6 +155,15 @@ def test_scores_of_hidden_rows_are_kept_item_by_item(workspace: Workspace) -> No
         assert {item.got for item in evaluation.tasks["open"].items} == {"[hidden]"}
 
 
+def test_resumed_run_cannot_change_what_is_shown(fresh_log: Workspace) -> None:
+    run = fresh_log.root / "runs" / "a"
+    assert (
+        fresh_log.prunetune("run", fresh_log.root / "recipe.yaml", "--out", run, "--resume", "--report.samples", "on")
+        == 2
+    )
+    assert "report.samples" in fresh_log.log.getvalue()
+
+
 def test_report_counts_flips_and_shows_no_row(workspace: Workspace) -> None:
     page = (workspace.root / "runs" / "a" / "report.html").read_text()
     assert "Rows are not shown (report.samples: off). Of 24 test items that both models answered" in page
@@ -185,8 +194,10 @@ def test_eval_and_check_of_the_run_hide_rows_as_its_recipe_says(fresh_log: Works
     assert right.tasks["open"].scores["contains"].value == 1
     assert json.loads((out / "again.json").read_text())["scores"]["choice"]
     assert not fresh_log.words("off", "cache")
-    # The same with samples on, to see that there is something to hide.
-    assert fresh_log.prunetune("eval", run, *options, "--samples", "on", "--out", against) == 2
+    assert fresh_log.prunetune("eval", run, *options, "--samples", "on", "--out", out / "scores.json") == 2
+    assert not fresh_log.words("off", "cache")
+    # The same model outside its run, to see that there is something to hide.
+    assert fresh_log.prunetune("eval", run / "model", *options, "--out", against) == 2
     words = fresh_log.words("clear.json", "cache")
     assert {"plantsuiteasked0", "plantsuiteyes", "plantsuiteid0", "plantgenerated", "plantsame"} <= words
     clear = Evaluation.from_json(against.read_text())
@@ -239,7 +250,7 @@ def test_error_of_rows_that_stop_a_run_names_their_lines_only(fresh_log: Workspa
     assert fresh_log.prunetune("run", recipe, "--out", root / "strict") == 2
     log = fresh_log.log.getvalue()
     assert f"{root / 'train.jsonl'}:13: [hidden] (1 of 13 rows cannot be used" in log
-    assert "report.samples off hides" in log
+    assert "samples off hides" in log
     assert not WORD.search(log.encode())
     assert fresh_log.prunetune("run", recipe, "--out", root / "strict", "--report.samples", "on") == 2
     assert "planttrainsame" in fresh_log.log.getvalue()

@@ -53,7 +53,7 @@ def test_error_says_all_or_nothing_of_what_it_quotes() -> None:
     error = DataError(f"a.jsonl:3: answer {PERSON!r} is none of them; correct it", quoted=repr(PERSON))
     assert SHOW_ALL.message(error) == str(error)
     assert HIDE.message(error) == (
-        "a.jsonl:3: answer [hidden] is none of them; correct it; report.samples off hides what it quotes"
+        "a.jsonl:3: answer [hidden] is none of them; correct it; samples off hides what it quotes"
     )
     assert Redaction(patterns=("Roe",)).message(error) == str(error).replace("Roe", "[redacted]")
     assert HIDE.message(ConfigError("lora.rank is 0")) == "lora.rank is 0"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,15 @@ class Item:
     scores: dict[str, float]  # this item's share of the task's scores; texts and answers also carry "tokens"
     line: str = ""  # "file:line", its id where rows are hidden; not in the JSON
 
+    def with_id(self, id: str) -> Item:
+        """The item with another id."""
+        return dataclasses.replace(self, id=id)
+
     def redacted(self, redaction: Redaction, numbers: Mapping[str, str] | None = None) -> Item:
         """The item as it may be shown; hidden answers are named by `numbers`, so that equal ones stay equal."""
-        known, shown = numbers or {}, redaction.text
-        return dataclasses.replace(
-            self,
-            id=shown(self.id) if redaction.samples else self.line or HIDDEN,
-            prompt=shown(self.prompt),
-            expected=known.get(self.expected) or shown(self.expected),
-            got=known.get(self.got) or shown(self.got),
-        )
+        expected, got = ((numbers or {}).get(text) or redaction.text(text) for text in (self.expected, self.got))
+        id = redaction.text(self.id) if redaction.samples else self.line or HIDDEN
+        return dataclasses.replace(self, id=id, prompt=redaction.text(self.prompt), expected=expected, got=got)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class TaskResult:
         right = [] if redaction.samples else sorted({item.expected for item in self.items} - {""})
         numbers = {text: text if is_hidden(text) else f"{HIDDEN} answer {n}" for n, text in enumerate(right, 1)}
         items = [item.redacted(redaction, numbers) for item in self.items]
-        return dataclasses.replace(self, items=with_ids(items, [item.id for item in items]))
+        ids = make_ids_unique([item.id for item in items])
+        return dataclasses.replace(self, items=tuple(map(Item.with_id, items, ids)))
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,10 @@ class Evaluation:
 
     def by_line(self) -> Evaluation:
         """The evaluation with lines as ids, as one whose rows are hidden has them."""
-        results = self.tasks.items()
         lines = {
-            name: with_ids(result.items, [item.line or item.id for item in result.items]) for name, result in results
+            name: tuple(item.with_id(item.line or item.id) for item in it.items) for name, it in self.tasks.items()
         }
-        return Evaluation({name: dataclasses.replace(result, items=lines[name]) for name, result in results})
+        return Evaluation({name: dataclasses.replace(it, items=lines[name]) for name, it in self.tasks.items()})
 
     @property
     def is_hidden(self) -> bool:
@@ -142,11 +141,6 @@ def is_hidden(text: str) -> bool:
     return re.fullmatch(rf"{re.escape(HIDDEN)}( answer \d+)?", text) is not None
 
 
-def with_ids(items: Sequence[Item], ids: Sequence[str]) -> tuple[Item, ...]:
-    """The items with other ids, made unique."""
-    return tuple(dataclasses.replace(item, id=id) for item, id in zip(items, make_ids_unique(ids), strict=True))
-
-
 def headline_metric(result: TaskResult) -> str:
     """The metric that stands for a task: one of `HEADLINE_METRICS`, else its first; "" where it has none."""
     return next((metric for metric in (*HEADLINE_METRICS, *result.scores) if metric in result.scores), "")
@@ -170,11 +164,8 @@ def _task_to_dict(result: TaskResult) -> dict[str, Any]:
             for metric, score in result.scores.items()
         },
         "items": [
-            {
-                **{name: getattr(item, name) for name in ("id", "prompt", "expected", "got", "correct")},
-                "prompt": item.prompt[:MAX_PROMPT_CHARS],
-                "scores": {k: _finite(v) for k, v in item.scores.items()},
-            }
+            {name: value for name, value in dataclasses.asdict(item).items() if name != "line"}
+            | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": {k: _finite(v) for k, v in item.scores.items()}}
             for item in result.items
         ],
         **({"error": result.error} if result.error else {}),

@@ -41,7 +41,7 @@ class Redaction:
         if isinstance(error, PrunetuneError):
             if self.samples:
                 return self.text(str(error))
-            note = "; report.samples off hides what it quotes" if error.unquoted != error.args[0] else ""
+            note = "; samples off hides what it quotes" if error.unquoted != error.args[0] else ""
             return f"{type(error)(error.unquoted)}{note}"  # in one line, as errors are
         name = type(error).__name__
         return self.text(f"{name}: {first_line(error)}") if self.samples else name

@@ -117,13 +117,10 @@ class CachedBackend:
             chunk = missing[start : start + ANSWERS_PER_WRITE]
             answers = self.backend.run_requests(kind, [records[index] for index in chunk], settings, tick)
             fresh = {keys[index]: answer for index, answer in zip(chunk, answers, strict=True)}
-            kept = {key: answer for key, answer in fresh.items() if kind != "generate" or self._may_show(answer)}
-            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in kept.items()])
+            kept = [item for item in fresh.items() if kind != "generate" or self.redaction.text(item[1]) == item[1]]
+            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in kept])
             known |= fresh
         return [known[key] for key in keys]
-
-    def _may_show(self, answer: str) -> bool:
-        return self.redaction.text(answer) == answer
 
 
 def parse_answer(text: str, kind: RequestKind, record: Record) -> Any:

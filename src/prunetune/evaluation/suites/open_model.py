@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prunetune.config.recipe import RunConfig, load_saved_recipe
 from prunetune.errors import DataError, ModelError
@@ -33,8 +33,6 @@ from prunetune.utils.files import expand_path
 from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
 
-EvalOptionsT = TypeVar("EvalOptionsT", bound=EvalOptions)
-
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
     """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
@@ -50,12 +48,13 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
     return _with_cache(CheckpointBackend(resolve_checkpoint(name), options, store), store, options)
 
 
-def resolve_samples(options: EvalOptionsT, *names: str) -> EvalOptionsT:
-    """The options with `samples` and `redact` as the first run among the names says, where `samples` is auto."""
+def with_redaction_of_runs(options: EvalOptions, *names: str) -> EvalOptions:
+    """The options, with rows hidden and redacted also as the recipes of runs among these names say."""
     runs = [run for name in names if "://" not in name and (run := read_run_config(expand_path(name)))]
-    if options.samples != "auto" or not runs:
-        return options
-    return replace(options, samples=runs[0].report.samples, redact=(*options.redact, *runs[0].report.redact))
+    reports = [options, *(run.report for run in runs)]
+    is_off = any(report.samples == "off" for report in reports)
+    patterns = dict.fromkeys(pattern for report in reports for pattern in report.redact)
+    return replace(options, samples="off" if is_off else "on", redact=tuple(patterns))
 
 
 def check_can_open(name: str, options: EvalOptions) -> None:

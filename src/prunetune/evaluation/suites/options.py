@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from prunetune.config.fields import option
-from prunetune.utils.redaction import Redaction, parse_pattern
+from prunetune.config.recipe import ReportConfig
 
 if TYPE_CHECKING:
     from prunetune.evaluation.suites.scorers import Permission
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ReportConfig):
     """How a suite is read, how a model is opened and asked, and what scorers may do. A new field is a new flag."""
 
     root: str = option("", "Folder that the suite's relative sources start from; default: as the suite says.")
@@ -34,26 +34,12 @@ class EvalOptions:
     timeout: float = option(60.0, "Seconds to wait for one reply of an endpoint.", gt=0)
     allow_code: bool = option(False, "Let the suite run Python functions, and your own lm-eval tasks, of this machine.")
     allow_judge: bool = option(False, "Let the suite send answers to a judge's endpoint.")
-    samples: Literal["auto", "on", "off"] = option(
-        "auto",
-        "Show rows and answers in results, listings and errors, and keep answers in the cache; off: neither. auto: as "
-        "the recipe of a run says (report.samples, report.redact), else on.",
-    )
-    redact: tuple[str, ...] = option(
-        (), "Regular expressions: what they match is [redacted] wherever rows are shown.",
-        parse=parse_pattern, entry_name="pattern",
-    )  # fmt: skip
 
     @property
     def permissions(self) -> frozenset[Permission]:
         """What scorers may do besides comparing texts."""
         allowed: dict[Permission, bool] = {"code": self.allow_code, "judge": self.allow_judge}
         return frozenset(name for name, is_allowed in allowed.items() if is_allowed)
-
-    @property
-    def redaction(self) -> Redaction:
-        """What is shown of rows."""
-        return Redaction(self.samples != "off", self.redact)
 
     def open_suite(self, suite: Suite | Path | str) -> Suite:
         """The suite in a file; a task that cannot be run keeps its `error`. Raises `ConfigError` for all else."""
