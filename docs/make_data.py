@@ -78,7 +78,7 @@ counted.
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
 
 Text formats may be compressed: `.gz`, `.zst`, `.bz2`, as in `rows.jsonl.gz`. They are UTF-8 or, with a byte order
-mark, UTF-16. Other text is read as Windows-1252 (or Latin-1), and a warning shows a line. Line ends of Windows
+mark, UTF-16. Other text is read as Windows-1252 (or Latin-1), and a warning names a line. Line ends of Windows
 become those of Unix. Two columns of one name are refused.
 
 ## Shapes of rows
@@ -110,7 +110,8 @@ It holds for rows that have one of these columns. Rows without any of them are r
 ## Rows that cannot be used
 
 A row without an answer, a line of broken JSON or an image stops a run before it begins. The error says how many
-rows there are and shows the first three. `data.bad_rows: drop` leaves them out and says the same in a warning.
+rows there are and shows the first three, with [`report.samples: off`](security.md#rows-of-your-data) only their lines.
+`data.bad_rows: drop` leaves them out and says the same in a warning.
 Rows that the model's chat template refuses are counted in the same way. Correct or remove them: `drop` does not see
 them. A name, a system message or reasoning that the template leaves out is named in a warning.
 """

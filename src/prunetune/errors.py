@@ -1,10 +1,19 @@
 """The errors that users can correct. Each says in one line what was found, what is accepted and what to do next."""
 
+HIDDEN = "[hidden]"  # begins what stands in place of a text of a row that is not shown
+
 
 class PrunetuneError(Exception):
-    """An error that the user can correct; the command line prints it as one line and exits with `exit_code`."""
+    """An error that the user can correct; the command line prints it as one line and exits with `exit_code`.
+
+    `quoted` is the part of the text that quotes rows or answers; `unquoted` is the text without it. See `Redaction`.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str = "", *, quoted: str = "") -> None:
+        super().__init__(text)
+        self.unquoted = text.replace(quoted, HIDDEN) if quoted else text
 
     def __str__(self) -> str:
         text = super().__str__().replace("\n", " ")  # names and values of users may hold anything

@@ -150,7 +150,9 @@ def test_variant_distils_from_its_own_texts(workspace: Path, tmp_path: Path, mon
     def recording(job: Any) -> Any:
         examples = [*job.train_stream.examples, *job.search_stream.examples] if job.teacher else []
         streams[job.config.data.distill_texts[0]] = {
-            example.id.partition("/")[0] for example in examples if example.answer_start == len(example.token_ids)
+            Path(example.id).name.partition(".")[0]
+            for example in examples
+            if example.answer_start == len(example.token_ids)
         }
         return tune_and_prune(job)
 

@@ -36,7 +36,7 @@ def test_example_is_prompt_answer_and_end_for_every_tokenizer(adds: str) -> None
     prompt = start + encode_answer(PAIR.prompt, tokenizer)
     assert example.token_ids == (*prompt, *encode_answer(" fever", tokenizer), tokenizer.eos_token_id)
     assert example.answer_start == len(prompt)
-    assert (example.id, example.weight) == ("a", 2.0)
+    assert (example.id, example.weight) == (PAIR.source, 2.0)
     text = encode_one(TEXT, tokenizer)
     assert text.token_ids == (*start, *encode_answer(TEXT.completion, tokenizer), tokenizer.eos_token_id)
     assert text.answer_start == 1
@@ -164,7 +164,7 @@ def test_drop_keeps_the_rows_that_fit() -> None:
     records = rows(10)
     limit = lengths(records)[6]
     encoded = encode(records, subwords(), DataConfig(too_long="drop"), limit)
-    assert [example.id for example in encoded.examples] == [str(n) for n in range(7)]
+    assert [example.id for example in encoded.examples] == [f"f:{n + 1}" for n in range(7)]
     assert encoded.kept_indices == tuple(range(7))
     assert encoded.num_too_long == 3
     assert encode(records, subwords(), DataConfig(too_long="drop"), 2).examples == ()

@@ -96,7 +96,7 @@ def test_usual_encodings_are_detected_and_a_guess_is_said(
     assert record.completion.endswith("é")
     is_guess = encoding in ("latin-1", "cp1252")
     assert len([message for message in caplog.messages if "read as Windows-1252" in message]) == is_guess
-    assert not is_guess or "Köln" in caplog.text
+    assert not is_guess or f"look at line {2 if ending == '.csv' else 1}" in caplog.text
 
 
 def workbook(path: Path, *sheets: list[list[Any]]) -> Path:

@@ -15,6 +15,7 @@ from prunetune.data import splits
 from prunetune.data.records import Record
 from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import DataError
+from prunetune.utils.redaction import Redaction
 from support.data import pairs, write_lines
 
 
@@ -322,7 +323,7 @@ def test_smallest_group_is_carved_where_none_fits_the_share(tmp_path: Path) -> N
 def test_demo_gives_every_split_only_if_nothing_else_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def rows(sources: Any, config: DataConfig, split: str) -> tuple[Record, ...]:
+    def rows(sources: Any, config: DataConfig, split: str, redaction: Redaction) -> tuple[Record, ...]:
         read.append(split)
         return tuple(Record(kind="text", completion=f"{split} {n}", task="t", id=f"{split}{n}") for n in range(9))
 

@@ -32,7 +32,8 @@ VARIANT_OPTIONS = (
     "search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "layout", "data.distill_texts",
 )  # fmt: skip
 
-NOT_OF_A_METHOD = ("out", "device", "report_to", "trust_remote_code", "compare")  # of further recipes not read
+# Of further recipes not read.
+NOT_OF_A_METHOD = ("out", "device", "report_to", "trust_remote_code", "report", "compare")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from prunetune.utils.determinism import deterministic
 from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.redaction import SHOW_ALL
 
 log = logging.getLogger(__name__)
 
@@ -197,19 +198,18 @@ class _Comparison:
 
         Raises the error of a broken GPU: no cell is to blame for it.
         """
-        out_of_memory = False
+        out_of_memory, redaction = False, self.context.config.report.redaction
         try:
             result = runner.run_cell(cell, needs_valid_nll=needs_valid_nll)
         except Interrupted:
             return False
-        except PrunetuneError as error:
-            result = {**cell_header(cell), "error": str(error)}
         except Exception as error:
             if is_gpu_fault(error):
                 raise
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            log.exception("%s failed", cell.name)
-            result = {**cell_header(cell), "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+            if not isinstance(error, PrunetuneError):
+                log.error("%s failed", cell.name, exc_info=redaction == SHOW_ALL)
+            result = {**cell_header(cell), "error": redaction.message(error)}
         result["made"] = {"date": date.today().isoformat(), "commit": self.commit}
         with CAPTURE_LOCK:  # CUDA graphs are freed while no thread captures one
             gc.collect()

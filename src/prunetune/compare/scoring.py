@@ -29,7 +29,7 @@ def score_model(model: Any, context: RunContext, progress: ProgressCallback, *, 
         for task in evaluation.tasks
     }
     floors = {task: found for task, rows in rows_by_task.items() if (found := cheap_floors(rows))}
-    scores = {**scores_from_evaluation(evaluation), "floors": floors}
+    scores = {**scores_from_evaluation(evaluation.redacted(config.report.redaction)), "floors": floors}
     if not needs_valid_nll:
         return scores
     if config.compare.split != "valid":

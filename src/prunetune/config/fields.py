@@ -198,8 +198,8 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
 
 
 def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
-    if value is False and "off" in allowed:
-        return "off"  # how YAML reads a bare off
+    if isinstance(value, bool):
+        value = "on" if value else "off"  # how YAML reads a bare on or off
     if value in allowed:
         return str(value)
     hint = did_you_mean(shorten(str(value)), allowed)

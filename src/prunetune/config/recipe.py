@@ -24,12 +24,13 @@ from prunetune.config.score_limits import normalize_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
+from prunetune.utils.redaction import Redaction, parse_pattern
 from prunetune.utils.untrusted import short_repr
 
 __all__ = [
     "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "ColumnsConfig", "CompareConfig", "DataConfig", "DistillConfig",
-    "EvaluateConfig", "LoraSettings", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig", "UnitName",
-    "ValidateConfig", "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
+    "EvaluateConfig", "LoraSettings", "ReportConfig", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig",
+    "UnitName", "ValidateConfig", "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
 ]  # fmt: skip
 
 BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
@@ -309,6 +310,26 @@ GgufFormat = Literal["q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What reports, scores, logs and errors show of rows of data; see docs/security.md."""
+
+    samples: Literal["on", "off"] = option(
+        "on", "Show rows and answers to them; off: nothing that is written or logged holds a text or an id of a row."
+    )
+    redact: tuple[str, ...] = option(
+        (),
+        r"Regular expressions, such as '\b\d{3}-\d{2}-\d{4}\b': what they match is [redacted] wherever rows are shown.",
+        parse=parse_pattern,
+        entry_name="pattern",
+    )
+
+    @property
+    def redaction(self) -> Redaction:
+        """What decides it, for all that shows rows."""
+        return Redaction(self.samples == "on", self.redact)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What `prunetune compare` compares: all with the same data, steps and budget."""
 
@@ -415,6 +436,7 @@ class RunConfig:
     validate: ValidateConfig = section(ValidateConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
     require: RequireConfig = section(RequireConfig, formerly="gain")
+    report: ReportConfig = section(ReportConfig)
     compare: CompareConfig = section(CompareConfig)
 
     def __post_init__(self) -> None:

@@ -255,7 +255,8 @@ def _render(tokenizer: Any, chat: Chat, *, generate: bool = False) -> tuple[str,
             reasons.append(" ".join(str(refused).split())[:200])
     raise DataError(
         f"{chat.source}: the tokenizer's chat template refuses these messages ({reasons[0]}); "
-        "correct the roles and their order, or set data.template=raw"
+        "correct the roles and their order, or set data.template=raw",
+        quoted=reasons[0],
     )
 
 

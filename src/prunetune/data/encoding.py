@@ -28,7 +28,7 @@ class Example:
 
     token_ids: tuple[int, ...]
     answer_start: int  # in 1..len(token_ids); at its end, no token counts
-    id: str = ""
+    id: str = ""  # "file:line"; without one, that of the record
     weight: float = 1.0
     no_loss: tuple[Span, ...] = ()  # of token_ids, in order: what others say between an assistant's turns
 
@@ -139,7 +139,9 @@ def _example_of(ids: Sequence[int], spans: Sequence[Span], record: Record) -> Ex
     if not spans:
         raise DataError(f"{record.source}: no token of the row carries loss; remove the row, or change data.loss")
     start, end = spans[0][0], spans[-1][1]
-    return Example(tuple(ids[:end]), start, record.id, record.weight, tuple(gaps_between(spans, start, end)))
+    return Example(
+        tuple(ids[:end]), start, record.source or record.id, record.weight, tuple(gaps_between(spans, start, end))
+    )
 
 
 def encode_answered(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[Example]:
@@ -150,7 +152,7 @@ def encode_answered(records: Sequence[Record], tokenizer: Any, template: str = "
     for record, prompt, answer in zip(records, prompts, answers, strict=True):
         if record.kind == "text" and answer[:1] == prompt:  # the text has its own start token
             prompt = []
-        examples.append(Example((*prompt, *answer), max(1, len(prompt)), record.id, record.weight))
+        examples.append(Example((*prompt, *answer), max(1, len(prompt)), record.source or record.id, record.weight))
     return examples
 
 

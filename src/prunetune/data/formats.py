@@ -58,8 +58,7 @@ def _read_text(path: Path) -> str:
             told = "it is compressed: let its name end in .gz" if data[:2] == b"\x1f\x8b" else "save the file as UTF-8"
             raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); {told}") from None
         text = data.decode("cp1252")
-        sample = shorten(text.split("\n")[line - 1], 60)
-        log.warning("%s: not UTF-8, read as Windows-1252, such as line %d: %s", path, line, sample)
+        log.warning("%s: not UTF-8, read as Windows-1252: look at line %d", path, line)
     text = text.replace("\r\n", "\n")
     return text if "\n" in text else text.replace("\r", "\n")
 
@@ -76,10 +75,10 @@ def _parse_row(text: str, where: str) -> Any:
     try:
         return parse_json(text, nan=True, surrogates=True, unique_keys=True)
     except json.JSONDecodeError as broken:
-        reason = f"{broken.msg}, column {broken.colno}"
+        reason, quoted = f"{broken.msg}, column {broken.colno}", ""
     except ValueError as broken:
-        reason = str(broken)
-    return DataError(f"{where}: not valid JSON ({reason}); each line holds one object")
+        reason = quoted = str(broken)
+    return DataError(f"{where}: not valid JSON ({reason}); each line holds one object", quoted=quoted)
 
 
 def _json(path: Path) -> NumberedRows:
@@ -94,7 +93,7 @@ def _json(path: Path) -> NumberedRows:
         if not is_lines and not (at and at.msg.startswith("Extra data")):
             where, reason = (f"{path}:{at.lineno}", f"{at.msg}, column {at.colno}") if at else (path, broken)
             wanted = "a .json file holds a list of objects, or one object a line"
-            raise DataError(f"{where}: not valid JSON ({reason}); {wanted}") from None
+            raise DataError(f"{where}: not valid JSON ({reason}); {wanted}", quoted="" if at else str(reason)) from None
         # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -159,8 +158,9 @@ def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Any:
         try:
             row[name] = row[name] and parse_json(row[name], nan=True, surrogates=True, unique_keys=True)
         except ValueError as broken:
-            reason = getattr(broken, "msg", broken)
-            return DataError(f"{where}: column {name}: not valid JSON ({reason}); in a table it holds a JSON list")
+            reason = str(getattr(broken, "msg", broken))
+            text = f"{where}: column {name}: not valid JSON ({reason}); in a table it holds a JSON list"
+            return DataError(text, quoted=reason)
     return row
 
 
@@ -177,7 +177,8 @@ def _excel(path: Path) -> NumberedRows:
         sheets = {sheet.title: list(_filled_rows(sheet)) for sheet in book.worksheets}
         book.close()
     except Exception as broken:  # of zip, XML or what is missing in it: openpyxl lets them through
-        raise DataError(f"{path}: not readable as Excel ({shorten(str(broken), 200)}); save it as .xlsx") from broken
+        reason = shorten(str(broken), 200)
+        raise DataError(f"{path}: not readable as Excel ({reason}); save it as .xlsx", quoted=reason) from broken
     tables = [filled for filled in sheets.values() if filled]
     if len(tables) > 1:
         raise DataError(f"{path}: {len(tables)} sheets hold rows ({', '.join(sheets)}); save each as a file of its own")
@@ -210,7 +211,8 @@ def _distinct(names: Iterable[str], path: Path) -> list[str]:
     names, seen = list(names), set[str]()
     for name in names:
         if name and name.strip() in seen:
-            raise DataError(f"{path}: two columns are called {shorten(name)}; rename or remove one")
+            shown = shorten(name)
+            raise DataError(f"{path}: two columns are called {shown}; rename or remove one", quoted=shown)
         seen.add(name.strip())
     return names
 
@@ -241,7 +243,8 @@ def _arrow_rows(read: Callable[[], Any], path: Path, name: str) -> NumberedRows:
         _distinct(table.schema.names, path)
         rows = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as broken:  # two fields of one name within a column, too
-        raise DataError(f"{path}: not readable as {name} ({shorten(str(broken), 200)}); write it again") from broken
+        reason = shorten(str(broken), 200)
+        raise DataError(f"{path}: not readable as {name} ({reason}); write it again", quoted=reason) from broken
     yield from enumerate(map(without_nulls, rows), 1)
 
 

@@ -103,10 +103,17 @@ def _normalise_text(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def count_bad_rows(bad: Sequence[DataError], total: int) -> str:
-    """How many rows are bad, and what is wrong with the next few after the first."""
-    others = "; ".join(shorten(str(wrong), 160) for wrong in bad[1:3])
-    return f"{len(bad):,} of {total:,} rows cannot be used{others and f', also {others}'}"
+def unusable_rows(bad: Sequence[DataError], total: int, advice: str = "") -> DataError:
+    """One error for all bad rows: how many there are, and what is wrong with the first three."""
+
+    def text(reasons: Sequence[str]) -> str:
+        others = "; ".join(shorten(reason, 160) for reason in reasons[1:3])
+        count = f"{len(bad):,} of {total:,} rows cannot be used"
+        return f"{reasons[0]} ({count}{others and f', also {others}'}{advice})"
+
+    error = DataError(text(list(map(str, bad))))
+    error.unquoted = text([wrong.unquoted for wrong in bad])
+    return error
 
 
 def make_all(make: Callable[[T], R], rows: Sequence[T]) -> list[R]:
@@ -120,7 +127,7 @@ def make_all(make: Callable[[T], R], rows: Sequence[T]) -> list[R]:
             if isinstance(wrong.__cause__, TimeoutError):
                 break
     if bad:
-        raise DataError(f"{bad[0]} ({count_bad_rows(bad, len(rows))})" if bad[1:] else str(bad[0])) from bad[0]
+        raise unusable_rows(bad, len(rows)) if bad[1:] else bad[0]
     return results
 
 
@@ -156,7 +163,7 @@ def record_from_row(
             weight=weight,
         )
     except DataError as wrong:
-        raise DataError(f"{source}: {wrong}") from None
+        raise DataError(f"{source}: {wrong}", quoted=str(wrong)) from None
 
 
 def _content(fields: Mapping[str, Any]) -> dict[str, Any]:

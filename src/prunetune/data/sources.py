@@ -17,10 +17,11 @@ from prunetune.config.recipe_paths import MAX_DEEP_STARS
 from prunetune.data.columns import ColumnMapping
 from prunetune.data.demo import read_demo
 from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
-from prunetune.data.records import Record, count_bad_rows, record_from_row
+from prunetune.data.records import Record, record_from_row, unusable_rows
 from prunetune.data.shapes import ShapedRow, shape_row
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
+from prunetune.utils.redaction import SHOW_ALL, Redaction
 from prunetune.utils.untrusted import shorten
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ class SourceRow:
         try:
             return shape_row(self.fields, mapping, group_field=group_field, source=self.source)
         except DataError as wrong:
-            raise wrong if str(wrong).startswith(self.source) else DataError(f"{self.source}: {wrong}") from None
+            if str(wrong).startswith(self.source):
+                raise
+            raise DataError(f"{self.source}: {wrong}", quoted=str(wrong)) from None
 
     def to_record(
         self, group_field: str = "", *, group_required: bool = True, shaped: ShapedRow | None = None
@@ -102,13 +105,15 @@ class SourceRow:
         )  # fmt: skip
 
 
-def read_records(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
+def read_records(
+    sources: Sequence[str], config: DataConfig, split: SplitName, redaction: Redaction = SHOW_ALL
+) -> tuple[Record, ...]:
     """The records of all sources, in order; `split` is the split that is read of `demo` and of hub data sets.
 
     Logs what is not plain: shapes that were recognised, columns that are not used, rows that `data.bad_rows` drops.
     Raises `DataError` for a source or rows that cannot be used, and `MissingPackage` if one needs a package.
     """
-    records, notes = read_records_with_notes(sources, config, split)
+    records, notes = read_records_with_notes(sources, config, split, redaction)
     for written, note in notes.items():
         if ";" in note:
             log.info("data.%s %s: %s", split, shorten(written), note)
@@ -116,7 +121,7 @@ def read_records(sources: Sequence[str], config: DataConfig, split: SplitName) -
 
 
 def read_records_with_notes(
-    sources: Sequence[str], config: DataConfig, split: SplitName
+    sources: Sequence[str], config: DataConfig, split: SplitName, redaction: Redaction = SHOW_ALL
 ) -> tuple[tuple[Record, ...], dict[str, str]]:
     """`read_records`, and for each source one line on what its rows are read as; logs dropped rows only."""
     group_required = split not in EXTRA_SPLITS
@@ -137,9 +142,9 @@ def read_records_with_notes(
             continue
         records.append(record)
         shapes[row.written][shaped.shape] += 1
-        unused[row.written].update(shaped.unused)
+        unused[row.written].update(shaped.unused if redaction.samples else ["other columns"] * bool(shaped.unused))
     if bad:
-        _refuse_or_drop(bad, len(records), config, split)
+        _refuse_or_drop(bad, len(records), config, split, redaction)
     names = [name for counts in shapes.values() for name in counts]
     if mapping and split == "train" and names and not any(name.startswith("mapped") for name in names):
         raise DataError(
@@ -159,13 +164,14 @@ def _note(shapes: Counter[str], unused: Counter[str]) -> str:
     return "; ".join(parts)
 
 
-def _refuse_or_drop(bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName) -> None:
+def _refuse_or_drop(
+    bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName, redaction: Redaction
+) -> None:
     """Log the rows that are left out, or raise `DataError`: how many, and what is wrong with the first ones."""
     advice = "; data.bad_rows=drop leaves such rows out" if good else ""
-    said = count_bad_rows(bad, len(bad) + good)
     if config.bad_rows == "error" or not good:
-        raise DataError(f"{bad[0]} ({said}{advice})")
-    log.warning("data.%s leaves bad rows out: %s (%s)", split, bad[0], said)
+        raise unusable_rows(bad, len(bad) + good, advice)
+    log.warning("data.%s leaves bad rows out: %s", split, redaction.message(unusable_rows(bad, len(bad) + good)))
 
 
 def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[SourceRow, ...]:
@@ -273,8 +279,9 @@ def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
         except StopIteration:
             return
         except Exception as broken:  # the hub, the network or a parser
+            reason = _one_line(broken)
             raise DataError(
-                f"{where}: reading failed after {number} rows: {_one_line(broken)}; run it again, or resume the run"
+                f"{where}: reading failed after {number} rows: {reason}; run it again, or resume the run", quoted=reason
             ) from broken
         number += 1
         yield row

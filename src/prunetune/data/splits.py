@@ -12,6 +12,7 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import EXTRA_SPLITS, Source, SplitName, read_records
 from prunetune.errors import DataError
+from prunetune.utils.redaction import SHOW_ALL, Redaction
 
 CARVED: tuple[SplitName, ...] = ("test", "valid", "search")  # in this order: test first
 
@@ -49,7 +50,7 @@ class Splits:
         return {name: _digest(record.content_json() for record in records) for name, records in self.by_name().items()}
 
 
-def load_splits(config: DataConfig, seed: int) -> Splits:
+def load_splits(config: DataConfig, seed: int, redaction: Redaction = SHOW_ALL) -> Splits:
     """Read the splits that have sources, and carve the others off train; the same for a seed, in any order of rows.
 
     Raises `DataError` for data that cannot be used, for splits that overlap, and if train is too small to carve.
@@ -57,7 +58,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     if not config.train:
         raise DataError("data.train names no source; name a file, a glob, a hub data set as owner/name, or demo")
     sources = _configured_sources(config)
-    splits = {name: read_records(sources[name], config, name) for name in sources}
+    splits = {name: read_records(sources[name], config, name, redaction) for name in sources}
     splits, dropped = _make_disjoint(splits, drop=config.overlap == "drop")
     shares = {"search": config.search_share, "valid": config.valid_share, "test": config.test_share}
     missing = {name: shares[name] for name in CARVED if name not in splits}
@@ -111,11 +112,13 @@ def _make_disjoint(
         shared = {id(record) for record, _ in conflicts}
         if shared and not drop:
             record, key = conflicts[0]
-            reason = f"group {record.group!r}" if key.startswith("group ") else "the same question"
+            group = repr(record.group) if key.startswith("group ") else ""
+            reason = f"group {group}" if group else "the same question"
             raise DataError(
                 f"{_option(loser)} and {_option(keeper)} overlap: {len(shared)} of {len(result[loser])} rows of "
                 f"{loser}, first {record.source} with {reason} as {kept[key].source}; "
-                f"set data.overlap=drop to leave them out of {loser}, or correct the files"
+                f"set data.overlap=drop to leave them out of {loser}, or correct the files",
+                quoted=group,
             )
         result[loser] = tuple(record for record in result[loser] if id(record) not in shared)
         dropped += len(shared)

@@ -80,7 +80,8 @@ def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> Ro
         # An expression can fail in any way on a row of the wrong shape: the error names the row.
         except Exception as broken:
             known = ", ".join(sorted(map(str, fields)))
-            raise DataError(f"{source}: {where}: {_line(broken)}; the row has {known}") from broken
+            reason = f"{_line(broken)}; the row has {known}"
+            raise DataError(f"{source}: {where}: {reason}", quoted=reason) from broken
 
     return render
 

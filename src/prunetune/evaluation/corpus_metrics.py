@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prunetune.evaluation.results import Item
+from prunetune.evaluation.results import Item, is_hidden
 from prunetune.evaluation.statistics import Array, Statistic
 from prunetune.utils.optional import import_optional
 
@@ -30,6 +30,8 @@ def sentence_chrf(expected: Sequence[str], got: Sequence[str]) -> list[float]:
 
 def _statistic(name: str) -> Callable[[Sequence[Item]], Statistic]:
     def make_statistic(items: Sequence[Item]) -> Statistic:
+        if any(is_hidden(item.expected) for item in items):  # the score needs the texts
+            return lambda weights: np.full(len(weights), np.nan)
         metric = _metric(name)
         # What sacrebleu itself resamples for its confidence intervals: n-gram counts, which add up over pairs.
         counts = np.asarray(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.errors import DataError
+from prunetune.errors import HIDDEN, DataError
+from prunetune.evaluation.item_subset import make_ids_unique
+from prunetune.utils.redaction import Redaction
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
 FORMAT = "prunetune-evaluation-1"
@@ -38,6 +41,17 @@ class Item:
     got: str  # the chosen choice or the generated answer; "" where nothing was generated
     correct: bool | None  # None where nothing was chosen or generated
     scores: dict[str, float]  # this item's share of the task's scores; texts and answers also carry "tokens"
+    line: str = ""  # "file:line", its id where rows are hidden; not in the JSON
+
+    def with_id(self, id: str) -> Item:
+        """The item with another id."""
+        return dataclasses.replace(self, id=id)
+
+    def redacted(self, redaction: Redaction, numbers: Mapping[str, str] | None = None) -> Item:
+        """The item as it may be shown; hidden answers are named by `numbers`, so that equal ones stay equal."""
+        expected, got = ((numbers or {}).get(text) or redaction.text(text) for text in (self.expected, self.got))
+        id = redaction.text(self.id) if redaction.samples else self.line or HIDDEN
+        return dataclasses.replace(self, id=id, prompt=redaction.text(self.prompt), expected=expected, got=got)
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,14 @@ class TaskResult:
     items: tuple[Item, ...]
     error: str = ""  # why there are no scores
     general: bool = False  # of data.general: reported, but in no mean over tasks
+
+    def redacted(self, redaction: Redaction) -> TaskResult:
+        """The result as it may be shown: hidden answers become their number among the task's right ones."""
+        right = [] if redaction.samples else sorted({item.expected for item in self.items} - {""})
+        numbers = {text: text if is_hidden(text) else f"{HIDDEN} answer {n}" for n, text in enumerate(right, 1)}
+        items = [item.redacted(redaction, numbers) for item in self.items]
+        ids = make_ids_unique([item.id for item in items])
+        return dataclasses.replace(self, items=tuple(map(Item.with_id, items, ids)))
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,22 @@ class Evaluation:
         items = [item.scores for result in self.tasks.values() for item in result.items]
         return any("nll" in scores and "bytes" not in scores for scores in items)
 
+    def redacted(self, redaction: Redaction) -> Evaluation:
+        """The evaluation as it may be written."""
+        return Evaluation({name: result.redacted(redaction) for name, result in self.tasks.items()})
+
+    def by_line(self) -> Evaluation:
+        """The evaluation with lines as ids, as one whose rows are hidden has them."""
+        lines = {
+            name: tuple(item.with_id(item.line or item.id) for item in it.items) for name, it in self.tasks.items()
+        }
+        return Evaluation({name: dataclasses.replace(it, items=lines[name]) for name, it in self.tasks.items()})
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether texts of items are hidden."""
+        return any(is_hidden(item.prompt) for result in self.tasks.values() for item in result.items)
+
     def to_json(self) -> str:
         """The evaluation as JSON text, stable to the byte: nan and inf become null, long prompts lose their end."""
         tasks = {name: _task_to_dict(result) for name, result in self.tasks.items()}
@@ -96,6 +134,11 @@ class Evaluation:
             raise DataError(
                 f"not an evaluation: {shorten(repr(broken))}; expected what `prunetune eval` writes"
             ) from broken
+
+
+def is_hidden(text: str) -> bool:
+    """Whether the text stands in place of one that is not shown."""
+    return re.fullmatch(rf"{re.escape(HIDDEN)}( answer \d+)?", text) is not None
 
 
 def headline_metric(result: TaskResult) -> str:
@@ -121,7 +164,7 @@ def _task_to_dict(result: TaskResult) -> dict[str, Any]:
             for metric, score in result.scores.items()
         },
         "items": [
-            dataclasses.asdict(item)
+            {name: value for name, value in dataclasses.asdict(item).items() if name != "line"}
             | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": {k: _finite(v) for k, v in item.scores.items()}}
             for item in result.items
         ],
@@ -159,4 +202,5 @@ def _item(data: Mapping[str, Any]) -> Item:
         got=str(data["got"]),
         correct=data["correct"],
         scores={metric: _number(value) for metric, value in data["scores"].items()},
+        line=str(data["id"]) if is_hidden(str(data["prompt"])) else "",
     )

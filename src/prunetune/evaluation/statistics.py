@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunetune.errors import DataError
-from prunetune.evaluation.results import MAX_PROMPT_CHARS, Item, Score, TaskResult
+from prunetune.evaluation.results import MAX_PROMPT_CHARS, Item, Score, TaskResult, is_hidden
 from prunetune.evaluation.text_metrics import normalise_text
 
 RESAMPLES = 1000
@@ -77,7 +77,9 @@ def keep_same_questions(task: str, pairs: Sequence[tuple[Item, Item]]) -> list[t
 def is_same_question(a: Item, b: Item) -> bool:
     """Whether prompt and right answer agree, as far as both are known: kept results have the beginning of a prompt."""
     known = ((a.prompt[:MAX_PROMPT_CHARS], b.prompt[:MAX_PROMPT_CHARS]), (a.expected, b.expected))
-    return all(ours == theirs or not (ours and theirs) for ours, theirs in known)
+    return all(
+        ours == theirs or not (ours and theirs) or is_hidden(ours) or is_hidden(theirs) for ours, theirs in known
+    )
 
 
 def _scored(result: TaskResult, metric: str) -> Mapping[str, Item]:

@@ -137,7 +137,9 @@ def prepare(
     device = pick_device(config.device) if ranks.world_size == 1 else ranks.device
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)
-    splits = load_splits(config.data, config.seed)
+    redaction = config.report.redaction
+    with redaction.errors():
+        splits = load_splits(config.data, config.seed, redaction)
     meta_model = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
     base = ModelIdentity(config.model) if ranks.is_main else None
     if resume:
@@ -150,7 +152,8 @@ def prepare(
     for keep in config.budget.keeps:  # raises `PlanError` for a budget that no plan meets
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, constraints)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    encoded = _encode_splits(splits, tokenizer, meta_model, config)
+    with redaction.errors():
+        encoded = _encode_splits(splits, tokenizer, meta_model, config)
     if config.train.epochs:
         steps = _steps_of_epochs(config, encoded)
         config, recipe = (
@@ -310,7 +313,7 @@ def log_memory_estimate(estimate: TrainingMemory, gpu_bytes: int) -> None:
 
 def with_distill_texts(context: RunContext, context_length: int) -> RunContext:
     """The context with the distillation texts that its config names now; the other splits are unchanged."""
-    texts = load_splits(context.config.data, context.config.seed).texts
+    texts = load_splits(context.config.data, context.config.seed, context.config.report.redaction).texts
     encoded = {**context.encoded, "texts": encode(texts, context.tokenizer, context.config.data, context_length)}
     return replace(context, splits=replace(context.splits, texts=texts), encoded=encoded)
 

@@ -95,8 +95,8 @@ def record_origin(context: RunContext, command: str, **facts: Any) -> None:
 @contextmanager
 def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
     """Lock the run folder for the block; whatever ends the block, the report and the history then show it."""
-    folder = context.folder
-    with run_lock(folder), history.register_run(folder, context.reported_config, command):
+    folder, redaction = context.folder, context.config.report.redaction
+    with run_lock(folder), history.register_run(folder, context.reported_config, command), redaction.errors():
         try:
             yield
             folder.update_manifest(failed="")

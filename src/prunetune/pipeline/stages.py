@@ -289,7 +289,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         if name != "tuned":
             speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
             context.folder.update_manifest(speed=speeds)
-        write_text(file, result.to_json())
+        write_text(file, result.redacted(context.config.report.redaction).to_json())
 
 
 def measure(context: RunContext) -> None:

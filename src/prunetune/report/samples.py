@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prunetune.evaluation.results import Evaluation, Item
+from prunetune.evaluation.results import Evaluation, Item, is_hidden
 from prunetune.report import formatting
 from prunetune.report.scores import reference_model
 
@@ -55,7 +55,8 @@ def select_samples(evaluations: Mapping[str, Evaluation]) -> AnswerSamples:
         return AnswerSamples(reference, (), {})
     pairs = _paired_answers(evaluations[reference], evaluations["pruned"])
     counts: dict[FlipKind, int] = {flip: sum(sample.flip == flip for sample in pairs) for flip in SAMPLES_PER_FLIP}
-    return AnswerSamples(reference, tuple(_select_per_flip(pairs)), counts)
+    shown = [pair for pair in pairs if not is_hidden(pair.prompt)]
+    return AnswerSamples(reference, tuple(_select_per_flip(shown)), counts)
 
 
 def _paired_answers(reference: Evaluation, pruned: Evaluation) -> list[AnswerSample]:

@@ -15,6 +15,7 @@ from typing import Any
 from prunetune.data.records import Record
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.model.gguf_import import cache_folder
+from prunetune.utils.redaction import SHOW_ALL, Redaction
 from prunetune.utils.sqlite import UNUSABLE, run_in_database
 from prunetune.utils.untrusted import parse_json
 
@@ -76,6 +77,7 @@ class CachedBackend:
 
     backend: Backend
     store: AnswerStore
+    redaction: Redaction = SHOW_ALL  # an answer of which a part may not be shown is not kept
     cache_hits: int = 0
     cache_misses: int = 0
 
@@ -115,7 +117,8 @@ class CachedBackend:
             chunk = missing[start : start + ANSWERS_PER_WRITE]
             answers = self.backend.run_requests(kind, [records[index] for index in chunk], settings, tick)
             fresh = {keys[index]: answer for index, answer in zip(chunk, answers, strict=True)}
-            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in fresh.items()])
+            kept = [item for item in fresh.items() if kind != "generate" or self.redaction.text(item[1]) == item[1]]
+            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in kept])
             known |= fresh
         return [known[key] for key in keys]
 

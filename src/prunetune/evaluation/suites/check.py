@@ -22,6 +22,7 @@ from prunetune.evaluation.results import (
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, is_same_question, keep_same_questions
 from prunetune.evaluation.suites.suite import Suite, Task
 from prunetune.evaluation.suites.suite_limits import SuiteLimit
+from prunetune.utils.redaction import SHOW_ALL, Redaction
 
 FORMAT = "prunetune-check-1"
 MAX_GRADED_FAILURES = 10  # items listed of a task whose items are neither right nor wrong
@@ -89,11 +90,15 @@ class CheckResult:
         return json.dumps(_finite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def check_limits(evaluation: Evaluation, reference: Evaluation | None, suite: Suite) -> CheckResult:
+def check_limits(
+    evaluation: Evaluation, reference: Evaluation | None, suite: Suite, redaction: Redaction = SHOW_ALL
+) -> CheckResult:
     """Check scores against the suite's limits; a task without any must not be significantly worse than `reference`.
 
     Without a reference only the limits `min` and `max` can be judged; the others are errors of their tasks.
     """
+    if reference and (evaluation.is_hidden or reference.is_hidden):
+        evaluation, reference = evaluation.by_line(), reference.by_line()
     errors = {name: result.error for name, result in evaluation.tasks.items() if result.error}
     for name, result in (reference.tasks if reference else {}).items():
         if result.error and name not in errors:
@@ -109,7 +114,7 @@ def check_limits(evaluation: Evaluation, reference: Evaluation | None, suite: Su
             except PrunetuneError as error:
                 errors[name] = str(error)
     pairs = _scored_pairs(evaluation, reference, errors)
-    failures = tuple(failure for mine, theirs in pairs for failure in new_failures(mine, theirs))
+    failures = tuple(failure for mine, theirs in pairs for failure in new_failures(mine, theirs, redaction))
     scores = {mine.task: _side_by_side(mine, theirs) for mine, theirs in _all_pairs(evaluation, reference)}
     return CheckResult(tuple(_corrected(verdicts, suite.correction)), failures, errors, scores)
 
@@ -215,7 +220,7 @@ def _metric_label(limit: SuiteLimit) -> str:
     return f"{limit.task}: {limit.metric}"
 
 
-def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
+def new_failures(mine: TaskResult, theirs: TaskResult, redaction: Redaction = SHOW_ALL) -> list[Failure]:
     """Items right before and wrong now; of graded items, the `MAX_GRADED_FAILURES` that lost most of the first metric.
 
     Items of the same id with another question do not count.
@@ -223,8 +228,9 @@ def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
     pairs = [pair for pair in _common(mine, theirs) if is_same_question(*pair)]
     metric = next(iter(mine.scores), "")
     if any(old.correct is not None for _, old in pairs):
-        return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
-    graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
+        pairs = [(now, old) for now, old in pairs if old.correct and not now.correct]
+        return [_failure(mine.task, now, old, metric, redaction) for now, old in pairs]
+    graded = [_failure(mine.task, now, old, metric, redaction) for now, old in pairs]
     graded = sorted(
         (failure for failure in graded if failure.lost > 0), key=lambda failure: (-failure.lost, failure.id)
     )
@@ -236,7 +242,8 @@ def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
     return [(item, before[item.id]) for item in mine.items if item.id in before]
 
 
-def _failure(task: str, now: Item, old: Item, metric: str) -> Failure:
+def _failure(task: str, now: Item, old: Item, metric: str, redaction: Redaction) -> Failure:
+    now, old = now.redacted(redaction), old.redacted(redaction)
     evidence = PER_ITEM_METRIC.get(metric, metric)
     before, after = old.scores.get(evidence, math.nan), now.scores.get(evidence, math.nan)
     lost = _deterioration(after - before, evidence)

@@ -103,6 +103,7 @@ class Endpoint:
                 "generated answers"
             ) from unusable
         if not scored:
-            raise BackendError(f"{self.name}: no token of {text[:40]!r} starts after its prompt")
+            shown = repr(text[:40])
+            raise BackendError(f"{self.name}: no token of {shown} starts after its prompt", quoted=shown)
         size = len((prompt + text)[scored[0][1] :].encode())
         return -sum(value for value, _ in scored), len(scored), size

@@ -10,7 +10,12 @@ from pathlib import Path
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, check_limits
 from prunetune.evaluation.suites.http_client import public_url
-from prunetune.evaluation.suites.open_model import check_can_open, open_backend, reference_of_run
+from prunetune.evaluation.suites.open_model import (
+    check_can_open,
+    open_backend,
+    reference_of_run,
+    with_redaction_of_runs,
+)
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
 from prunetune.evaluation.suites.scorers import Permission
@@ -32,11 +37,23 @@ def evaluate(
     `allow` adds to the permissions in `options`. A task that fails has its `error` instead of scores. Raises a
     `PrunetuneError` where the model cannot be opened.
     """
-    suite = options.open_suite(suite)
+    options = with_redaction_of_runs(options, model)
+    return _evaluate(model, options.open_suite(suite), options, allow, progress).redacted(options.redaction)
+
+
+def _evaluate(
+    model: str,
+    suite: Suite,
+    options: EvalOptions,
+    allow: Collection[Permission],
+    progress: SuiteProgressCallback | None,
+) -> Evaluation:
+    """The evaluation with all texts: paired tests of a check may need them."""
     backend = open_backend(model, options)
     if isinstance(backend, Evaluation):
         return backend
-    return evaluate_suite(backend, suite, allow={*allow, *options.permissions}, progress=progress)
+    allow = {*allow, *options.permissions}
+    return evaluate_suite(backend, suite, allow=allow, progress=progress, redaction=options.redaction)
 
 
 def check(
@@ -57,11 +74,11 @@ def check(
     against, what = against or options.against, ""
     if not against:
         against, what = reference_of_run(model)
+    resolved = with_redaction_of_runs(options, model, against)
     check_can_open(against, options)  # before the model is scored for nothing
-    scores = evaluate(model, suite, options=options, allow=allow, progress=progress)
-    reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
+    scores, reference = (_evaluate(name, suite, resolved, allow, progress) for name in (model, against))
     name = f"{what} ({public_url(against)})" if what else public_url(against)
-    return replace(check_limits(scores, reference, suite), reference=name)
+    return replace(check_limits(scores, reference, suite, resolved.redaction), reference=name)
 
 
 def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:

@@ -99,7 +99,7 @@ class EndpointClient:
             if isinstance(answer, str):
                 return answer
         shown = self._shown(json.dumps(reply, default=str))
-        raise BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
+        raise BackendError(f"endpoint {self.address} did not reply with a completion: {shown}", quoted=shown)
 
     def map_concurrently(self, items: Sequence[T], call: Callable[[T], R]) -> list[R]:
         """`call` on every item, `concurrency` at once; results are in order. The first failure stops the rest."""
@@ -114,7 +114,7 @@ class EndpointClient:
         """The JSON of the reply; raises `BackendError` after the last attempt."""
         from httpx2 import TimeoutException, TransportError
 
-        content, failure = json.dumps(body).encode(), ""
+        content, failure, shown = json.dumps(body).encode(), "", ""
         for attempt in range(self.max_attempts):
             if attempt:
                 time.sleep(self.retry_delay * 2 ** (attempt - 1))
@@ -132,19 +132,22 @@ class EndpointClient:
                 try:
                     return parse_json(bytes(data))
                 except ValueError as garbage:
-                    shown = self._shown(text)[:80]
-                    raise BackendError(f"endpoint {self.address} did not reply with JSON: {shown!r}") from garbage
+                    shown = repr(self._shown(text)[:80])
+                    problem = f"endpoint {self.address} did not reply with JSON: {shown}"
+                    raise BackendError(problem, quoted=shown) from garbage
             if 300 <= reply.status_code < 400:
                 target = self._shown(public_url(reply.headers.get("Location", "").partition("?")[0]) or "nowhere")
                 raise BackendError(
                     f"endpoint {self.address}{path} redirects to {target} (HTTP {reply.status_code}); no redirect is "
                     "followed, because keys and prompts would go along: name the address that answers"
                 )
-            failure = f"HTTP {reply.status_code}: {self._shown(text or reply.reason_phrase)}"
+            shown = self._shown(text or reply.reason_phrase)
+            failure = f"HTTP {reply.status_code}: {shown}"
             if reply.status_code not in RETRY_STATUS_CODES:
                 break
         raise BackendError(
-            f"endpoint {self.address}{path} does not answer ({failure}); is it up, and the address right?"
+            f"endpoint {self.address}{path} does not answer ({failure}); is it up, and the address right?",
+            quoted=shown,
         )
 
     async def _send(self, path: str, content: bytes) -> tuple[Response, bytearray]:

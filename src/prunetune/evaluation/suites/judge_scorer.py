@@ -66,7 +66,7 @@ def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricV
         known = {"prompt": prompt, "expected": answer.prompt.expected, "got": answer.text, "low": f"{low:g}"}
         text = template({**answer.prompt.fields, **known, "high": f"{high:g}"}, record.source)
         reply = server.chat(options["model"], [{"role": "user", "content": text}], max_tokens=64)
-        return (_mark(reply, low, high, record.id) - low) / (high - low)
+        return (_mark(reply, low, high, record.source or record.id) - low) / (high - low)
 
     return {"judge": server.map_concurrently(answers, mark)}
 
@@ -82,9 +82,11 @@ def _mark(reply: str, low: float, high: float, item: str) -> float:
         if len(marks) == 1:
             return marks.pop()
     several = f"{len(within)} numbers" if within else "no number"
+    shown = repr(" ".join(reply.split())[:80])
     raise BackendError(
-        f"judge: {several} from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}; "
-        "have its prompt ask for one number and nothing else"
+        f"judge: {several} from {low:g} to {high:g} in its reply on item {item}: {shown}; "
+        "have its prompt ask for one number and nothing else",
+        quoted=shown,
     )
 
 

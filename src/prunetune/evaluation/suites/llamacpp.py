@@ -130,5 +130,6 @@ class LlamaCpp:
                 raise BackendError(f"{self.name}: llama.cpp's server generated another token than the forced one")
             written.append(token)
         if not written:
-            raise BackendError(f"{self.name}: choice {text[:40]!r} has no tokens")
+            shown = repr(text[:40])
+            raise BackendError(f"{self.name}: choice {shown} has no tokens", quoted=shown)
         return total, len(written)

@@ -66,7 +66,8 @@ def _evaluated(backend: Backend, task: Task, manager: Any) -> Any:
         raise
     except Exception as broken:  # a task file, a data set or the hub: lm-eval has no error type of its own
         reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
-        raise DataError(f"task {task.name}: lm-eval cannot run {task.options.lm_eval} ({reason})") from broken
+        text = f"task {task.name}: lm-eval cannot run {task.options.lm_eval} ({reason})"
+        raise DataError(text, quoted=reason) from broken
 
 
 def _result(name: str, output: Mapping[str, Any]) -> tuple[dict[str, Score], tuple[Item, ...]]:
@@ -92,6 +93,7 @@ def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> Item:
         got=_got(sample),
         correct=None if right is None else right == 1.0,
         scores=values,
+        line=str(sample["doc_id"]),
     )
 
 

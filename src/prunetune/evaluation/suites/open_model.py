@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,15 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
     if path.suffix == ".gguf":
         return _with_cache(_gguf(path, options, store), store, options)
     return _with_cache(CheckpointBackend(resolve_checkpoint(name), options, store), store, options)
+
+
+def with_redaction_of_runs(options: EvalOptions, *names: str) -> EvalOptions:
+    """The options, with rows hidden and redacted also as the recipes of runs among these names say."""
+    runs = [run for name in names if "://" not in name and (run := read_run_config(expand_path(name)))]
+    reports = [options, *(run.report for run in runs)]
+    is_off = any(report.samples == "off" for report in reports)
+    patterns = dict.fromkeys(pattern for report in reports for pattern in report.redact)
+    return replace(options, samples="off" if is_off else "on", redact=tuple(patterns))
 
 
 def check_can_open(name: str, options: EvalOptions) -> None:
@@ -136,7 +145,7 @@ def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
 
 
 def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> Backend:
-    return CachedBackend(backend, store) if options.cache else backend
+    return CachedBackend(backend, store, options.redaction) if options.cache else backend
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from prunetune.config.fields import option
+from prunetune.config.recipe import ReportConfig
 
 if TYPE_CHECKING:
     from prunetune.evaluation.suites.scorers import Permission
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ReportConfig):
     """How a suite is read, how a model is opened and asked, and what scorers may do. A new field is a new flag."""
 
     root: str = option("", "Folder that the suite's relative sources start from; default: as the suite says.")

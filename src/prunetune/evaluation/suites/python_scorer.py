@@ -48,13 +48,13 @@ def _cwd_on_path() -> Iterator[None]:
 
 
 def _value(function: Callable[..., Any], name: str, answer: Response) -> float:
+    item = answer.prompt.record.source or answer.prompt.record.id
     try:
         value = function(answer.text, answer.prompt.expected, answer.prompt.fields)
     except Exception as broken:  # the user's code can raise anything
         reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
-        raise DataError(f"python: {name} failed on item {answer.prompt.record.id}: {reason}") from broken
+        raise DataError(f"python: {name} failed on item {item}: {reason}", quoted=reason) from broken
     if not isinstance(value, bool | int | float) or math.isinf(value):
-        raise DataError(
-            f"python: {name} gave {short_repr(value)} for item {answer.prompt.record.id}; it has to give a number"
-        )
+        shown = short_repr(value)
+        raise DataError(f"python: {name} gave {shown} for item {item}; it has to give a number", quoted=shown)
     return float(value)

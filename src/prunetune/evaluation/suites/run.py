@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.evaluation.item_subset import make_ids_unique
@@ -15,7 +16,8 @@ from prunetune.evaluation.suites.prompts import build_prompts
 from prunetune.evaluation.suites.protocol import Backend, OnRequestsDone, Prompt, RequestKind, Response
 from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite, Task
-from prunetune.utils.failures import explain_failure, first_line
+from prunetune.utils.failures import explain_failure
+from prunetune.utils.redaction import SHOW_ALL, Redaction
 
 log = logging.getLogger(__name__)
 SuiteProgressCallback = Callable[[str, int, int], None]  # task, requests done, requests in all
@@ -29,10 +31,12 @@ def evaluate_suite(
     allow: Collection[Permission] = NO_PERMISSIONS,
     prompts: Mapping[str, Sequence[Prompt]] | None = None,
     progress: SuiteProgressCallback | None = None,
+    redaction: Redaction = SHOW_ALL,
 ) -> Evaluation:
     """Every task's scores with their items, by its name; a task that fails has its `error` and does not stop others.
 
-    `prompts` are those that `load_prompts` gave, where a suite is run more than once.
+    `prompts` are those that `load_prompts` gave, where a suite is run more than once. `redaction` is that of errors and
+    log lines; see `Evaluation.redacted` for the items.
     """
     known = prompts or {}
     results: dict[str, TaskResult] = {}
@@ -40,13 +44,14 @@ def evaluate_suite(
         try:
             results |= _evaluate_task(backend, task, allow, known.get(task.name), progress)
         except PrunetuneError as error:
-            log.warning("task %s: %s", task.name, error)
-            results[task.name] = TaskResult(task.name, {}, (), error=str(error))
+            reason = redaction.message(error)
+            log.warning("task %s: %s", task.name, reason)
+            results[task.name] = TaskResult(task.name, {}, (), error=reason)
         except Exception as bug:
             if explain_failure(bug):
                 raise
-            log.exception("task %s", task.name)
-            reason = f"{type(bug).__name__}: {first_line(bug)}; this is a bug, please report its traceback"
+            log.error("task %s", task.name, exc_info=redaction == SHOW_ALL)
+            reason = f"{redaction.message(bug)}; this is a bug, please report its traceback"
             results[task.name] = TaskResult(task.name, {}, (), error=reason)
     return Evaluation(results)
 
@@ -162,13 +167,14 @@ def _items(
 ) -> list[Item]:
     binary = next((use.metrics[0] for use in task.scorers if use.is_binary_of_text), None)
     ids = make_ids_unique([prompt.record.id for prompt in prompts])
+    lines = make_ids_unique([PurePath(prompt.record.source).name for prompt in prompts])
     items = []
     for index, prompt in enumerate(prompts):
         shown = [by_index[index] for kind, by_index in responses.items() if kind != "nll" and index in by_index]
         got, correct = (shown[0].text, shown[0].correct) if shown else ("", None)
         if shown and correct is None and binary in scores[index]:
             correct = scores[index][binary] == 1.0
-        items.append(_item(ids[index], prompt, got, correct, scores[index]))
+        items.append(replace(_item(ids[index], prompt, got, correct, scores[index]), line=lines[index]))
     return items
 
 
