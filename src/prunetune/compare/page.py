@@ -42,8 +42,9 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
     labels, forgetting, tasks = (
         {name: metric_label(name) for name in comparison[key]} for key in ("metrics", "forgetting", "tasks")
     )
+    as_tuned = [row for row in rows if "+" not in row["method"]]  # weights rounded for a file have a chart of their own
     metric_charts = [
-        charts.draw_metric_chart(number, metric, label, rows, styles)
+        charts.draw_metric_chart(number, metric, label, as_tuned, styles)
         for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
     if smallest := markdown.format_smallest(comparison):
