@@ -107,7 +107,7 @@ def _score_table_lines(folder: Path) -> list[str]:
 
     The reference is the dense tuned model, or the dense model where none was tuned.
     """
-    files = {name: folder / "evaluation" / f"{name}.json" for name in ("dense", "tuned", "pruned")}
+    files = {name: folder / "evaluation" / f"{name}.json" for name in ("pruned", "tuned", "dense")}
     evaluations = {
         name: Evaluation.from_json(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()
     }
@@ -115,10 +115,12 @@ def _score_table_lines(folder: Path) -> list[str]:
     rows = []
     for task, result in evaluations["pruned"].tasks.items():
         metric = headline_metric(result)
-        scores = [evaluation.tasks[task].scores[metric] for evaluation in evaluations.values()]
+        scores = {name: evaluation.tasks[task].scores[metric] for name, evaluation in evaluations.items()}
         share = recovery(result.scores[metric], reference.tasks[task].scores[metric], metric) if reference else 0.0
         shown = f"{100 * share:.0f}%" if math.isfinite(share) else "–"  # of a reference of 0
-        rows.append((task, metric, *(f"{score.value:.3f} ±{score.se:.3f}" for score in scores), shown))
-    titles = {"dense": ">dense", "tuned": ">dense tuned", "pruned": ">pruned"}
+        pruned, *others = (f"{score.value:.3f} ±{score.se:.3f}" for score in scores.values())
+        rows.append((task, metric, pruned, shown, *others))
+    titles = {"tuned": ">dense tuned", "dense": ">dense"}
     recovered = ">recovery" if "tuned" in evaluations else ">of dense"
-    return table_lines(("task", "metric", *(titles[name] for name in evaluations), recovered), rows)
+    others = [title for name, title in titles.items() if name in evaluations]
+    return table_lines(("task", "metric", ">pruned", recovered, *others), rows)
