@@ -327,7 +327,7 @@ def disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConfi
     if config.train.weights == "all":
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
     # Two of the run, two of the dense tuned model, one in writing; more to go back to.
-    states = 8 if config.limits or config.train.keep_best else 5
+    states = 8 if config.limits or config.budget.quality or config.train.keep_best else 5
     sizes = len(config.budget.keeps)
     return sizes * states * 12 * adapter, sizes * 4 * weights + 64 * 2**20
 
