@@ -7,6 +7,7 @@ A comparison has three cells at once, seeds 0 to 2 of progressive removal with 6
 one process makes `--alone` of them, then `--processes` make `--comparisons` together. A figure is a seed's mean loss on
 the items scored; what one seed twice differs by is the largest difference of a seed between comparisons made alone.
 Crashes are processes that end in any way but well. Without MPS: that is where crashes were seen.
+With `-- --deterministic true` one seed gives the same bits, so that any difference is a fault.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def report(given: argparse.Namespace, crashed: int, options: list[str]) -> None:
 
     from prunetune.utils.environment import device_name, installed_commit
 
+    for folder in sorted(given.out.glob("*-*/")):  # so that one that stands out is seen
+        print(folder.name, {seed: round(loss, 4) for seed, loss in sorted(figures(folder).items())})
     alone = [figures(folder) for folder in sorted(given.out.glob("alone-*/"))]
     beside = [figures(folder) for folder in sorted(given.out.glob("beside-*/"))]
     whole = [found for found in beside if len(found) == 3]
