@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -24,8 +25,9 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, LimitBroken, PlanError, PrunetuneError, RunFolderError
 from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train.loop import tune_and_prune
-from support.data import write_lines
+from support.data import subwords, write_lines
 from support.evaluation import write_model_and_rows
+from support.models import tiny
 
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -116,6 +118,33 @@ def test_models_are_scored_as_a_gguf_file_would_hold_them(workspace: Path, tmp_p
     difference = rows["dense+q8_0"]["scores"]["nll"]["value"] - rows["dense"]["scores"]["nll"]["value"]
     assert 0 < abs(difference) < 0.01
     assert "The smallest weights" in (folder / "table.md").read_text()
+
+
+def test_rival_is_tuned_on_the_same_rows_and_its_losses_are_in_the_models_tokens(
+    workspace: Path, done: Path, tmp_path: Path
+) -> None:
+    """The model under another name has the scores of the dense one; one of other tokens keeps its total losses."""
+    twin, other = tmp_path / "twin", tmp_path / "other"
+    shutil.copytree(workspace / "dense", twin)
+    tiny(seed=3, vocab_size=320).save_pretrained(other)
+    subwords().save_pretrained(other)
+    options = {"methods": ["dense"], "seeds": [0], "rivals": [str(twin), str(other)]}
+    folder = compare(config_of(workspace, tmp_path / "c", compare=options))
+    rows = {row["method"]: row for row in comparison_of(folder)["rows"]}
+    assert list(rows) == ["dense", "rival-twin", "rival-other"]
+    assert rows["rival-twin"]["scores"]["nll"]["value"] == pytest.approx(
+        rows["dense"]["scores"]["nll"]["value"], abs=1e-4
+    )
+    assert rows["rival-other"]["kind"] == "dense"
+    stored = cells(folder)
+    (rival,) = (cell for cell in stored.values() if cell["method"] == "rival-other")
+    (dense,) = (cell for cell in stored.values() if cell["method"] == "dense")
+    columns, tokens = rival["items"]["choice"], dense["items"]["choice"]["tokens"]
+    assert columns["tokens"] != tokens
+    totals = [nll * count for nll, count in zip(columns["nll"], columns["tokens"], strict=True)]
+    mean = sum(total / count for total, count in zip(totals, tokens, strict=True)) / len(tokens)
+    assert rows["rival-other"]["scores"]["nll choice"]["value"] == pytest.approx(mean, abs=1e-4)
+    assert not (folder / "rival-other").exists()
 
 
 def test_teacher_is_tuned_once_for_each_seed_and_its_seconds_are_reported(

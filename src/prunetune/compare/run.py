@@ -20,6 +20,7 @@ from prunetune.compare.grid import Cell, CellStore, Grid, best_learning_rate, ce
 from prunetune.compare.markdown import render_markdown
 from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_methods
 from prunetune.compare.page import write_page
+from prunetune.compare.rivals import prepare_rivals, with_comparable_losses
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 
 # With --resume a comparison may get more cells: a cell's file holds everything that defines it.
 EXTENDABLE_OPTIONS = CHANGEABLE_ON_RESUME | {
-    f"compare.{name}" for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "recipes", "jobs")
+    f"compare.{name}"
+    for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "recipes", "rivals", "jobs")
 }
 
 
@@ -73,13 +75,18 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         context = replace(context, config=context.reported_config)  # cells change it, and each resolves its own `auto`
         grid = grid_from_config(context.config)  # a budget of another kind has become a share of the parameters
         _validate_before_start(context, methods, grid)
+        rivals = prepare_rivals(config, console)
         context.folder.path.mkdir(parents=True, exist_ok=True)
         with run_lock(context.folder):
             # First: with it, the folder can be resumed.
             write_recipe(context.folder, context.recipe)
             (context.folder.path / "cells").mkdir(exist_ok=True)
             record_origin(context, command)
-            cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()
+            store = CellStore(context.folder.path)
+            cells, rates = _Comparison(context, methods, grid, store).run()
+            for method, rival in rivals:
+                more_cells, more_rates = _Comparison(rival, [method], grid, store).run()
+                cells, rates = cells + more_cells, rates | more_rates
     return _write_results(context, cells, rates)
 
 
@@ -103,7 +110,7 @@ def _validate_before_start(context: RunContext, methods: Sequence[Method], grid:
 def _write_results(context: RunContext, cells: Sequence[Cell], rates: Mapping[str, float]) -> Path:
     """Write comparison.json, table.md and comparison.html from the cells' files; returns the folder."""
     path = context.folder.path
-    comparison = aggregate(CellStore(path).load_all(cells), rates, context.config)
+    comparison = aggregate(with_comparable_losses(CellStore(path).load_all(cells)), rates, context.config)
     write_text(path / "comparison.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
     write_text(path / "table.md", render_markdown(comparison))
     write_page(path)

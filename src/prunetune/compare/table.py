@@ -61,7 +61,7 @@ class SeedGroup:
         return {task: self._task_result(task, metric) for task in tasks if metric in scores.get(task, {})}
 
     def _task_result(self, task: str, metric: str) -> TaskResult:
-        items_by_seed = [_item_scores(cell["items"].get(task, {})) for cell in self.cells]
+        items_by_seed = [item_scores(cell["items"].get(task, {})) for cell in self.cells]
         common = [name for name in items_by_seed[0] if all(name in items for items in items_by_seed)]
         items = tuple(
             Item(name, "", "", "", None, _mean_scores([items[name] for items in items_by_seed])) for name in common
@@ -70,7 +70,7 @@ class SeedGroup:
         return TaskResult(task, {metric: aggregate_items(scored, metric)}, items)
 
 
-def _item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
+def item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
     """{id: {metric: score}} from the columns in a cell's file; cells of 0.1.0 are laid out so, with None for nan."""
     if "id" not in columns:
         return {

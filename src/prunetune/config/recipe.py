@@ -364,6 +364,13 @@ class CompareConfig:
         entry_name="recipe",
         is_path=True,
     )
+    rivals: tuple[str, ...] = option(
+        (),
+        "Other models, such as a smaller one of the family, tuned on the same data by LoRA and not pruned, as rows of "
+        "their own. Their losses are given per token of the model's tokenizer.",
+        entry_name="model",
+        is_path=True,
+    )
     formats: tuple[GgufFormat, ...] = option(
         (),
         "Types of a .gguf file, such as q8_0 or q4_k_m: dense and progressive models are also scored with the weights "
