@@ -9,10 +9,12 @@ from typing import Any
 
 import jinja2
 
+from prunetune.evaluation.drift_results import drift_verdict
 from prunetune.evaluation.results import higher_is_better
 from prunetune.report import (
     cuts,
     decision_heatmap,
+    drift,
     figures,
     formatting,
     kept_layers,
@@ -90,6 +92,9 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "tasks": tasks,
         "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
         "score_legend": figures.legend_entries(marks),
+        "drift": drift.drift_rows(run.drift),
+        "drift_models": [name for name in MODELS if run.drift and name in run.drift.tasks],
+        "drift_verdict": drift_verdict(run.drift) if run.drift else "",
         "layers": layers,
         "groups": kept_layers.count_kept(layer.attention for layer in layers),
         "channels": kept_layers.count_kept(layer.mlp for layer in layers),
