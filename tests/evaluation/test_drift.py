@@ -140,7 +140,9 @@ def test_stock_phrases_are_refusals(answer: str) -> None:
     assert is_refusal(answer)
 
 
-@pytest.mark.parametrize("answer", ["", "Sure! First, take a wrench.", "A lock cannot be picked in the dark.", "Dear Sir,"])
+@pytest.mark.parametrize(
+    "answer", ["", "Sure! First, take a wrench.", "A lock cannot be picked in the dark.", "Dear Sir,"]
+)
 def test_other_answers_are_no_refusals(answer: str) -> None:
     assert not is_refusal(answer)
 
@@ -174,9 +176,9 @@ def test_packaged_prompts_are_unique_broad_and_read_from_the_package_alone(
 def model_drift(name: str, agreement: float, declines: tuple[float, ...] = ()) -> TaskResult:
     flags = [*declines, *[None] * (8 - len(declines))]
     items = [
-        Item(f"decline-{n}", "", "", "", None, {"kl": 0.1, "agreement": agreement, **({} if flag is None else {"declines": flag})})
+        Item(f"decline-{n}", "", "", "", None, {} if flag is None else {"declines": flag})
         for n, flag in enumerate(flags)
-    ]  # fmt: skip
+    ]
     return TaskResult(name, {"kl": Score(0.1, 0.01, 48), "agreement": Score(agreement, 0.01, 48)}, tuple(items))
 
 

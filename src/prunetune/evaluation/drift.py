@@ -33,7 +33,8 @@ NEW_TOKENS = 48  # of a continuation, at most
 TOP_TOKENS = 512  # whose probabilities are kept of each distribution
 TINY = 1e-12
 REFUSAL = re.compile(
-    r"\bi(?: can(?:no|')t| can not| won't| will not| must decline|(?:'m| am) (?:sorry|unable|not able|not comfortable))\b"
+    r"\bi(?: can(?:no|')t| can not| won't| will not| must decline)\b"
+    r"|\bi(?:'m| am) (?:sorry|unable|not able|not comfortable)\b"
     r"|\bi (?:don't|do not) feel comfortable\b|\bi apologi[sz]e\b|^\W*sorry\b"
     r"|\b(?:unable to|not able to|cannot|can't) (?:help|assist|provide|comply|fulfill?)\b"
 )
@@ -144,9 +145,7 @@ def measure_drift(
         for index, said in enumerate(reference)
     )  # fmt: skip
     metrics = ("kl", "agreement", *(["declines"] if declined else []))
-    means = {
-        metric: mean_score([item.scores[metric] for item in items if metric in item.scores]) for metric in metrics
-    }
+    means = {metric: mean_score([item.scores[metric] for item in items if metric in item.scores]) for metric in metrics}
     return TaskResult(name, means, items)
 
 
@@ -188,7 +187,7 @@ def _logits_by_example(
     examples, pad_id = [said.example for said in reference], pad_token_id(tokenizer)
     with evaluation_mode(model):
         for indices, batch, logits in answer_logits(model, examples, pad_id=pad_id, max_tokens=max_tokens):
-            yield from zip(indices, logits.split(batch.prediction_mask.sum(-1).tolist()), strict=True)
+            yield from zip(indices, torch.split(logits, batch.prediction_mask.sum(-1).tolist()), strict=True)
 
 
 def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def answer_nll(
     for indices, batch, logits in answer_logits(model, examples, pad_id=pad_id, max_tokens=max_tokens):
         losses = chunked_logsumexp(logits) - logits.gather(-1, batch.targets[:, None])[:, 0].float()
         counts = batch.prediction_mask.sum(-1).tolist()
-        for index, row, tokens in zip(indices, losses.cpu().split(counts), counts, strict=True):
+        for index, row, tokens in zip(indices, torch.split(losses.cpu(), counts), counts, strict=True):
             results[index] = (float(row.double().sum()), tokens)
         tick(len(indices))
     return results
