@@ -113,3 +113,21 @@ def test_one_model_is_in_memory_at_a_time(workspace: Path, tmp_path: Path, monke
     monkeypatch.setattr(stage, "load_model", load_alone)
     run(from_mapping(recipe(workspace, tmp_path / "run")))
     assert len(alive) == 3
+
+
+def test_each_of_several_sizes_is_measured_against_one_reference(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = stage.load_model
+    monkeypatch.setattr(stage, "load_model", lambda context, name: loaded.append(name) or load(context, name))
+    values = recipe(workspace, tmp_path / "run", dense_tuned=False) | {"budget": {"keep": [0.8, 0.6], "align": 8}}
+    folder = run(from_mapping(values))
+    assert loaded == ["dense", "pruned", "pruned"]
+    large, small = (
+        Evaluation.from_json((folder / "sizes" / size / "evaluation" / "drift.json").read_text())
+        for size in ("0.8", "0.6")
+    )
+    assert large.tasks["pruned"].items[0].expected == small.tasks["pruned"].items[0].expected
+    assert large.tasks["pruned"].scores["kl"] != small.tasks["pruned"].scores["kl"]
+    assert all("Outside the domain" in (folder / "sizes" / size / "report.html").read_text() for size in ("0.8", "0.6"))

@@ -114,7 +114,7 @@ def _evaluations(folder: Path, config: Mapping[str, Any], missing: list[str]) ->
 
 
 def _drift(file: Path, missing: list[str]) -> Evaluation | None:
-    if not file.exists():  # an older run, one of several sizes, or with `evaluate.drift` off
+    if not file.exists():  # an older run, or one with `evaluate.drift` off
         return None
     return _parse_file(file, Evaluation.from_json, missing, "drift from the untuned model is not shown")
 
