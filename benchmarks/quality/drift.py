@@ -3,9 +3,10 @@
     python benchmarks/quality/drift.py RUN... --text general/text --choices arc_easy --command COMMAND \
         [--least 0.8] [--device NAME] [--final] [--out benchmarks/results.jsonl]
 
-RUN is a finished run folder whose recipe names both tasks in data.general. Where it has no drift yet, the run is resumed,
-which measures it alone. Every pruned and dense tuned model is a point: its KL and token agreement against perplexity over
-the untuned model's and accuracy above the untuned model's. Correlations are Spearman's, of the sign that agrees.
+RUN is a finished run folder whose recipe names both tasks in data.general. Where it has no drift yet, the run is
+resumed, which measures it alone. Every pruned and dense tuned model is a point: its KL and token agreement against
+perplexity over the untuned model's and accuracy above the untuned model's. Correlations are Spearman's, with the sign
+turned so that 1 means that both see the same loss.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def points_of(path: Path, text: str, choices: str) -> Iterator[Point]:
     folder = RunFolder(path)
     if not folder.drift_file.exists():
         prunetune.run(load_saved_recipe(path / "config.yaml"), resume=True)
+    if not folder.drift_file.exists():
+        raise SystemExit(f"{path} measures no drift: its recipe sets evaluate.drift to false")
 
     def read(file: Path) -> Evaluation:
         return Evaluation.from_json(file.read_text(encoding="utf-8"))
@@ -77,8 +80,7 @@ def bars(points: Sequence[Point], least: float | None) -> Iterator[dict[str, Any
         is_known = math.isfinite(value)
         yield {
             "bar": "Q4",
-            "case": f"drift's {measure} ranks {len(points)} models as general {score} does (Spearman, "
-            f"p {found.pvalue:.2g})",
+            "case": f"drift's {measure} ranks {len(points)} models as general {score} does (Spearman)",
             "value": round(value, 4) if is_known else None,
             "target": "" if least is None else f">= {least:g}",
             "met": None if least is None else is_known and value >= least,
@@ -97,7 +99,8 @@ def main() -> None:
     parser.add_argument("--final", action="store_true")
     parser.add_argument("--out", type=Path, help="default: print")
     arguments = parser.parse_args()
-    points = [point for path in arguments.runs for point in points_of(path, arguments.text, arguments.choices)]
+    measured = [point for path in arguments.runs for point in points_of(path, arguments.text, arguments.choices)]
+    points = list({(point.kl, point.perplexity): point for point in measured}.values())  # runs may share a tuned model
     if len(points) < 3:
         parser.error(f"{len(points)} models are measured, and a correlation needs 3 at least: name more runs")
     for point in points:

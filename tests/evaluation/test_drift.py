@@ -134,14 +134,22 @@ def test_tokens_beyond_the_embedding_are_refused() -> None:
 @pytest.mark.parametrize(
     "answer",
     ["I'm sorry, but I can't help with that.", "I\u2019m unable to assist.", "Sorry, no.", "I cannot do this.",
-     "As an assistant, I will not write that.", "We are not able to provide that."],
+     "As an assistant, I will not write that.", "We are not able to provide that.", "I can't safely help you here.",
+     "As a program, I don't have the ability to read email."],
 )  # fmt: skip
 def test_stock_phrases_are_refusals(answer: str) -> None:
     assert is_refusal(answer)
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "Sure! First, take a wrench.", "A lock cannot be picked in the dark.", "Dear Sir,"]
+    "answer",
+    [
+        "",
+        "Sure! First, take a wrench.",
+        "A lock cannot be picked in the dark.",
+        "I can't stop thinking of you.",
+        "I'm sorry for the delay.",
+    ],
 )
 def test_other_answers_are_no_refusals(answer: str) -> None:
     assert not is_refusal(answer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,20 @@ from prunetune.config.recipe import from_mapping
 from prunetune.errors import DataError
 from prunetune.evaluation.drift_results import drift_verdict
 from prunetune.evaluation.results import Evaluation
+from prunetune.export import selfcheck
 from prunetune.pipeline import drift as stage
+from prunetune.pipeline import multi_size
 from prunetune.pipeline.run import run
+from support.again import reopen_here
 from support.evaluation import write_model_and_rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reopened_here() -> Iterator[None]:
+    """Checks of written models open them in this process: fresh ones take seconds, and other tests start them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +112,6 @@ def test_model_that_cannot_read_the_prompts_ends_its_run_all_the_same(
 
 
 def test_one_model_is_in_memory_at_a_time(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
     alive: list[weakref.ref[torch.nn.Module]] = []
     load = stage.load_model
 
@@ -121,6 +132,7 @@ def test_each_of_several_sizes_is_measured_against_one_reference(
     loaded = []
     load = stage.load_model
     monkeypatch.setattr(stage, "load_model", lambda context, name: loaded.append(name) or load(context, name))
+    monkeypatch.setattr(multi_size, "measure_gain", lambda *_: None)
     values = recipe(workspace, tmp_path / "run", dense_tuned=False) | {"budget": {"keep": [0.8, 0.6], "align": 8}}
     folder = run(from_mapping(values))
     assert loaded == ["dense", "pruned", "pruned"]
