@@ -23,7 +23,7 @@ from prunetune.evaluation.drift import (
     measure_drift,
     predict_next_tokens,
 )
-from prunetune.evaluation.drift_results import drift_verdict, scores_by_kind
+from prunetune.evaluation.drift_results import ALL, drift_verdict, scores_by_kind
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from support.data import CHAT, subwords
 from support.evaluation import characters, speaker
@@ -75,6 +75,7 @@ def test_kinds_sum_up_to_the_overall_drift(metric: str) -> None:
     model = speaker()
     result = drift_of(strange(model), model, characters())
     kinds = scores_by_kind(result.items, metric)
+    assert kinds.pop(ALL) == result.scores[metric]
     assert {kind: score.n for kind, score in kinds.items()} == Counter(prompt.kind for prompt in PROMPTS)
     total = math.fsum(score.value * score.n for score in kinds.values()) / len(PROMPTS)
     assert total == pytest.approx(result.scores[metric].value)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.evaluation.statistics import mean_score
 
+ALL = "all prompts"
 DECLINE = "decline"  # the kind of requests that a model should decline
 
 
@@ -17,10 +18,13 @@ def kind_of(item: Item) -> str:
 
 
 def scores_by_kind(items: Sequence[Item], metric: str) -> dict[str, Score]:
-    """The mean of "kl" or "agreement" over the prompts of each kind, in order of first mention."""
-    kinds = dict.fromkeys(kind_of(item) for item in items)
-    scored = [(kind_of(item), item.scores[metric]) for item in items if metric in item.scores]
-    return {kind: mean_score([value for other, value in scored if other == kind]) for kind in kinds}
+    """The mean of "kl" or "agreement" over each kind of prompts, in order of first mention, and over all prompts."""
+    values: dict[str, list[float]] = {}
+    for item in (item for item in items if metric in item.scores):
+        values.setdefault(kind_of(item), []).append(item.scores[metric])
+    if values:
+        values[ALL] = [value for of_kind in values.values() for value in of_kind]
+    return {kind: mean_score(of_kind) for kind, of_kind in values.items()}
 
 
 def drift_verdict(drift: Evaluation) -> str:
