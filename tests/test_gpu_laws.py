@@ -162,7 +162,7 @@ def test_same_seed_gives_the_same_bits_with_deterministic_kernels(tmp_path: Path
         "train": {"steps": 40, "batch_size": 4, "checkpoint_every": 5, "validate_every": 20},
         "lora": {"rank": 4, "dense_rank": 4},
         "search": {"init_batches": 2, "batch_size": 4},
-        "evaluate": {"limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": False},
+        "evaluate": {"drift": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": False},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     digests = []

@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"share": 0.4, "settle": 0.2, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "none"},
-    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 4, "generate_limit": 0, "dense_tuned": False},
     "workload": {"prompt": 8, "generate": 4, "dtype": "float32"},
 }
 

@@ -54,7 +54,7 @@ def config_of(folder: Path) -> RunConfig:
                 "learning_rate": 0.01,
             },
             "search": {"init_batches": 1, "cuts": 2},
-            "evaluate": {"limit": 2, "generate_limit": 0},
+            "evaluate": {"drift": False, "limit": 2, "generate_limit": 0},
             "lora": {"rank": 4, "dense_rank": 4},
         }
     )  # fmt: skip

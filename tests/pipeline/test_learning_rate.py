@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"cuts": 2, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "none"},
-    "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 2, "generate_limit": 0, "dense_tuned": False},
     "require": {"prompt": 8, "generate": 2, "runs": 1},
 }
 

@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"cuts": 4, "span": 0.75, "init_batches": 1, "batch_size": 4},  # cuts before steps 1, 2, 4 and 5
     "distill": {"teacher": "none"},
-    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
 
 

@@ -53,7 +53,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4, "dropout": 0.1},
     "search": {"cuts": 3, "span": 0.3, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "base"},
-    "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 2, "generate_limit": 0, "dense_tuned": False},
     "require": {"prompt": 8, "generate": 2, "runs": 1},
 }
 SOUND = SimpleNamespace(to_dict=lambda: {"ok": True, "max_relative": 0.0, "limit": 1e-4, "tokens": 1})

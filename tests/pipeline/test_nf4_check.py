@@ -39,7 +39,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4, "quantize": "nf4"},
     "search": {"share": 0.4, "settle": 0.2, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "none"},
-    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 4, "generate_limit": 0, "dense_tuned": False},
 }  # fmt: skip
 needs_nf4 = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -95,7 +95,11 @@ def test_teacher_is_in_4_bits_too_and_the_error_in_16_bits_is_recorded(
         return genuine(job)
 
     monkeypatch.setattr(stages, "tune_and_prune", record_job)
-    changes = {"distill": {"teacher": "dense"}, "evaluate": {"dense_tuned": True}, "train": {"steps": 4}}
+    changes = {
+        "distill": {"teacher": "dense"},
+        "evaluate": {"drift": False, "dense_tuned": True},
+        "train": {"steps": 4},
+    }
     folder = run(config_of(workspace, tmp_path / "run", layout="uniform", dtype="bfloat16", **changes))
     assert quantized == [True] * 3  # the teacher, its pupil, and the teacher again to be scored
     assert 0 < manifest(folder)["quantised"]["error"] < 0.05

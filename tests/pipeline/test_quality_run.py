@@ -25,7 +25,7 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": 16, "batch_size": 4, "validate_every": 50, "checkpoint_every": 50},
     "lora": {"rank": 4, "dense_rank": 4},
     "search": {"init_batches": 1, "batch_size": 4},
-    "evaluate": {"limit": 6, "generate_limit": 0},
+    "evaluate": {"drift": False, "limit": 6, "generate_limit": 0},
     "require": {"prompt": 16, "generate": 4, "runs": 3},
 }
 

@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"cuts": 2, "span": 0.4, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "none"},
-    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
 
 

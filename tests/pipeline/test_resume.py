@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3},
     "search": {"init_batches": 1},
     "distill": {"teacher": "none"},
-    "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 2, "generate_limit": 0, "dense_tuned": False},
     "workload": {"prompt": 8, "generate": 4, "dtype": "float32"},
     "compare": {"methods": ["untuned"], "seeds": [0]},
 }

@@ -89,7 +89,7 @@ def test_reported_config_has_the_decided_budget_and_the_rest_as_asked(tmp_path: 
 
 
 def test_run_executes_stages_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("prepare", "train", "finish", "evaluate_all", "measure", "raise_if_limits_broken")
+    names = ("prepare", "train", "finish", "evaluate_all", "evaluate_drift", "measure", "raise_if_limits_broken")
     called = []
 
     def noting(name: str) -> Callable[..., Any]:

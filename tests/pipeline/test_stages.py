@@ -45,7 +45,7 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "validate_every": 4},
     "lora": {"rank": 4, "dropout": 0.1},
     "search": {"share": 0.4, "settle": 0.25, "init_batches": 1, "batch_size": 4},
-    "evaluate": {"limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": True},
+    "evaluate": {"drift": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": True},
 }
 LAYOUTS = ("per-layer", "uniform")
 NONE = {"teacher": "none"}
@@ -138,7 +138,7 @@ def test_run_prunes_other_units(family: str, layout: str, units: list[str], work
     characters().save_pretrained(tmp_path / "dense")
     changes = {"model": str(tmp_path / "dense"), "train": {"steps": 6}, "distill": {"teacher": "base"}}
     changes |= {
-        "evaluate": {"dense_tuned": False},
+        "evaluate": {"drift": False, "dense_tuned": False},
         "budget": {"units": units, "protect": "2" if len(units) > 3 else ""},
     }
     folder = run(config_of(workspace, tmp_path / "run", layout, **changes))
@@ -490,7 +490,11 @@ def test_model_tuned_on_chats_stops_at_the_end_of_a_turn(template: str, tmp_path
         saved.save_pretrained(tmp_path / "dense")
     chats = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(24)]
     rows = write_lines(tmp_path / "rows.jsonl", *({"messages": messages} for messages in chats))
-    changes = {"distill": NONE, "evaluate": {"dense_tuned": False}, "data": {"train": [rows], "template": template}}
+    changes = {
+        "distill": NONE,
+        "evaluate": {"drift": False, "dense_tuned": False},
+        "data": {"train": [rows], "template": template},
+    }
     done = run(config_of(tmp_path, tmp_path / "run", **changes))
     eos_token_id = json.loads((done / "model" / "generation_config.json").read_text())["eos_token_id"]
     ends = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"])

@@ -192,3 +192,22 @@ def test_hostile_text_is_escaped(run_folder: Path, tmp_path: Path) -> None:
     assert not steering(page)
     assert "\\x1b]0;title\\x07" in page
     assert "\N{CJK UNIFIED IDEOGRAPH-6A21}" in page
+
+
+def drift_items(kinds: list[str], **scores: float) -> tuple[Item, ...]:
+    return tuple(Item(f"{kind}-{index}", "", "", "", None, scores) for index, kind in enumerate(kinds))
+
+
+@pytest.mark.parametrize("scores", [{}, {"kl": 0.2}, {"agreement": 0.9}, {"kl": 0.2, "agreement": 0.9}])
+def test_drift_is_shown_by_kind_as_far_as_it_is_known(
+    scores: dict[str, float], run_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    items = drift_items(["code", "code", ATTACK], **scores)
+    means = {metric: Score(value, 0.01, 3) for metric, value in scores.items()}
+    results = Evaluation({name: TaskResult(name, means, items) for name in ("pruned", ATTACK)})
+    (folder / "evaluation" / "drift.json").write_text(results.to_json())
+    page = write_report(folder).read_text()
+    assert ATTACK not in page
+    assert ('<th scope="row" class="text">code</th><td>2</td>' in page) == ("kl" in scores)
+    assert ("the pruned model would choose 90% as well" in page) == ({"kl", "agreement"} <= set(scores))

@@ -28,7 +28,7 @@ def recipe(folder: Path, model: Path, out: str, **changes: Any) -> RunConfig:
         "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3},
         "search": {"init_batches": 1},
         "distill": {"teacher": "none"},
-        "evaluate": {"dense_tuned": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 2},
+        "evaluate": {"drift": False, "dense_tuned": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 2},
     }
     return from_mapping(values | changes)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from prunetune.evaluation.drift_results import drift_verdict
 from prunetune.evaluation.results import Evaluation, headline_metric, recovery
 from prunetune.manifest import BudgetFacts, LimitFacts, LimitsFacts, Manifest, ValidationFacts
 from prunetune.report.speed import interleaved_ratio, separate_ratio
@@ -30,6 +31,7 @@ def render_run(folder: Path) -> str:
         *_validation_limit_lines(manifest.limits, manifest.validation),
         *_limits(manifest.gain.limits),
         *_speed_lines(manifest),
+        *_drift_lines(folder / "evaluation" / "drift.json"),
     ]
     paths = (f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}")
     return "\n".join([*lines, "", *_score_table_lines(folder), "", *paths])
@@ -44,6 +46,11 @@ def _speed_lines(manifest: Manifest) -> list[str]:
             before, after = (model.tokens_per_s(kind) for model in (manifest.speed.dense, manifest.speed.pruned))
             lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  {times}")
     return lines
+
+
+def _drift_lines(file: Path) -> list[str]:
+    words = drift_verdict(Evaluation.from_json(file.read_text(encoding="utf-8"))) if file.exists() else ""
+    return [f"outside the domain  {words}"] if words else []
 
 
 def _measured_budget_lines(budgets: Sequence[BudgetFacts]) -> list[str]:

@@ -282,6 +282,12 @@ class EvaluateConfig:
     dense_tuned: bool = option(
         True, "Also tune the dense model (same data and steps, lora.dense_rank) for comparison; kept in the run folder."
     )
+    drift: bool = option(
+        True,
+        "Measure how far the pruned and the dense tuned model moved from the untuned one on 48 general prompts of "
+        "prunetune's own: KL, token agreement, requests still declined. Costs at most 48 short answers of the untuned "
+        "model, a pass over them by each other one, and loading each once more.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

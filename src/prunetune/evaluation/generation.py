@@ -24,12 +24,32 @@ def generate(
     max_tokens: int,
     tick: OnItemsDone,
 ) -> list[str]:
-    """Generate the greedy answer to each prompt, in the order given, without special tokens; white space is kept.
+    """Generate the greedy answer to each prompt, in the order given, without special tokens; white space is kept."""
+    answers = generate_ids(
+        model, tokenizer, prompts,
+        chats=chats, pad_id=pad_id, max_new_tokens=max_new_tokens, max_tokens=max_tokens, tick=tick,
+    )  # fmt: skip
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True) if answers else []
+    return texts
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    chats: Sequence[bool],
+    pad_id: int,
+    max_new_tokens: int,
+    max_tokens: int,
+    tick: OnItemsDone,
+) -> list[list[int]]:
+    """The tokens of the greedy answer to each prompt, in the order given, with the one that ends it.
 
     Answers to `chats` end where the chat template ends a turn, too, so no pass mixes these with others. A model that
     carries states through a sequence gets prompts of one length a pass, as padding would become part of them.
     """
-    texts = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     vocabulary = vocab_size(model)
     can_pad = has_plain_cache(model)
     kinds = [(chat, 0 if can_pad else len(prompt)) for chat, prompt in zip(chats, prompts, strict=True)]
@@ -45,11 +65,11 @@ def generate(
             for group in groups:
                 batch = left_pad([prompts[index] for index in group], pad_id, model.device)
                 ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings)
-                answers = tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-                for index, answer in zip(group, answers, strict=True):
-                    texts[index] = answer
+                for index, answer in zip(group, ids[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+                    stops = {answer.index(stop) + 1 for stop in settings.eos_token_id or () if stop in answer}
+                    answers[index] = answer[: min(stops, default=len(answer))]  # behind it is padding
                 tick(len(group))
-    return texts
+    return answers
 
 
 @contextmanager

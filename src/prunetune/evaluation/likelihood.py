@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -181,6 +181,19 @@ def answer_nll(
 ) -> list[tuple[float, int]]:
     """NLL in nats, summed over the answer tokens of each example, and their count, in the order given."""
     results = [(0.0, 0)] * len(examples)
+    for indices, batch, logits in answer_logits(model, examples, pad_id=pad_id, max_tokens=max_tokens):
+        losses = chunked_logsumexp(logits) - logits.gather(-1, batch.targets[:, None])[:, 0].float()
+        counts = batch.prediction_mask.sum(-1).tolist()
+        for index, row, tokens in zip(indices, torch.split(losses.cpu(), counts), counts, strict=True):
+            results[index] = (float(row.double().sum()), tokens)
+        tick(len(indices))
+    return results
+
+
+def answer_logits(
+    model: Any, examples: Sequence[Example], *, pad_id: int, max_tokens: int
+) -> Iterator[tuple[list[int], Batch, Tensor]]:
+    """Which examples share a pass, their batch, and the logits [N, vocabulary] before each of its answer tokens."""
     vocabulary = vocab_size(model)
     for group in batch_by_length(
         range(len(examples)),
@@ -194,15 +207,6 @@ def answer_nll(
             lambda rows, longest: rows * longest * vocabulary <= MAX_LOGITS_PER_PASS,
         ):
             batch = collate([examples[index] for index in indices], pad_id).to(model.device)
-            for index, total, tokens in zip(indices, *_batch_nll(model, batch), strict=True):
-                results[index] = (total, tokens)
-            tick(len(indices))
-    return results
-
-
-def _batch_nll(model: Any, batch: Batch) -> tuple[list[float], list[int]]:
-    with select_head_inputs(model, batch.prediction_mask):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [N, vocabulary]
-    losses = chunked_logsumexp(logits) - logits.gather(-1, batch.targets[:, None])[:, 0].float()
-    counts = batch.prediction_mask.sum(-1).tolist()
-    return [float(row.double().sum()) for row in losses.cpu().split(counts)], counts
+            with select_head_inputs(model, batch.prediction_mask):
+                logits = model(input_ids=batch.input_ids, use_cache=False).logits
+            yield indices, batch, logits

@@ -19,7 +19,7 @@ FORMAT = "prunetune-evaluation-1"
 MAX_PROMPT_CHARS = 2000  # characters of a prompt that the JSON keeps
 
 HEADLINE_METRICS = ("accuracy", "rouge_l", "exact_match", "perplexity", "nll")
-LOWER_IS_BETTER = frozenset({"perplexity", "nll", "bits_per_byte", "word_perplexity", "byte_perplexity"})
+LOWER_IS_BETTER = frozenset({"perplexity", "nll", "kl", "bits_per_byte", "word_perplexity", "byte_perplexity"})
 
 
 @dataclass(frozen=True)

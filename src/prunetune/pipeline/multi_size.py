@@ -21,6 +21,7 @@ from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
 from prunetune.manifest import ModelSpeeds, SizeFacts
 from prunetune.model.loading import pick_device
+from prunetune.pipeline.drift import evaluate_drift
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor
 from prunetune.pipeline.prepare import Console, RunContext, prepare
@@ -75,6 +76,7 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
             stopped = SizeTraining(context, sizes, command).train()
             tuned = [size for size in sizes if size.is_tuned]
             _finish_and_evaluate(context, tuned, command)
+            evaluate_drift(context, [size.context for size in tuned])
             if any(not size.folder.read_manifest().gain for size in tuned):
                 with record_timing(context.folder, "bench"):
                     measure_gain(context.folder, [size.folder for size in tuned], context)

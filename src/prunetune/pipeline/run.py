@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prunetune.config.recipe import RunConfig
 from prunetune.model.loading import pick_device
+from prunetune.pipeline.drift import evaluate_drift
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import make_monitor
 from prunetune.pipeline.multi_size import run_sizes
@@ -50,6 +51,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             context = release_other_ranks(context)
             finish(context, streamed=ranks.uses_fsdp)
             evaluate_all(context)
+            evaluate_drift(context)
             measure(context)
             raise_if_limits_broken(context)
     return context.folder.path

@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from prunetune.evaluation.results import higher_is_better
+from prunetune.evaluation.drift_results import drift_verdict, scores_by_kind
+from prunetune.evaluation.results import Score, higher_is_better
 from prunetune.report import (
     cuts,
     decision_heatmap,
@@ -90,6 +91,9 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "tasks": tasks,
         "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
         "score_legend": figures.legend_entries(marks),
+        "drift": _drift_rows(run),
+        "drift_models": [name for name in MODELS if run.drift and name in run.drift.tasks],
+        "drift_verdict": drift_verdict(run.drift) if run.drift else "",
         "layers": layers,
         "groups": kept_layers.count_kept(layer.attention for layer in layers),
         "channels": kept_layers.count_kept(layer.mlp for layer in layers),
@@ -120,6 +124,16 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "speeds": speed_rows(manifest),
         "cost": run_details.cost_rows(run),
     }
+
+
+def _drift_rows(run: RunFiles) -> dict[str, dict[str, dict[str, Score]]]:
+    """Kind of prompt -> metric -> model -> score."""
+    rows: dict[str, dict[str, dict[str, Score]]] = {}
+    for name, result in run.drift.tasks.items() if run.drift else ():
+        for metric in ("kl", "agreement"):
+            for kind, score in scores_by_kind(result.items, metric).items():
+                rows.setdefault(kind, {"kl": {}, "agreement": {}})[metric][name] = score
+    return {kind: row for kind, row in rows.items() if row["kl"]}
 
 
 def _recovery_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:

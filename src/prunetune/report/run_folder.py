@@ -35,6 +35,7 @@ class RunFiles:
     evaluations: Mapping[str, Evaluation]  # by name in MODELS
     manifest: Manifest
     missing: tuple[str, ...]
+    drift: Evaluation | None = None  # its tasks are models; of "kl", "agreement" and "declines"
 
     @property
     def model_name(self) -> str:
@@ -66,6 +67,7 @@ def read_run(folder: Path) -> RunFiles:
             folder / "manifest.json", Manifest.from_json, missing, "sizes, speed and environment are not shown"
         )
         or Manifest.empty(),
+        drift=_drift(folder / "evaluation" / "drift.json", missing),
         missing=tuple(missing),
     )
 
@@ -109,6 +111,12 @@ def _evaluations(folder: Path, config: Mapping[str, Any], missing: list[str]) ->
         name: _parse_file(folder / f"{name}.json", Evaluation.from_json, missing, note) for name, note in notes.items()
     }
     return {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}
+
+
+def _drift(file: Path, missing: list[str]) -> Evaluation | None:
+    if not file.exists():  # an older run, or one with `evaluate.drift` off
+        return None
+    return _parse_file(file, Evaluation.from_json, missing, "drift from the untuned model is not shown")
 
 
 def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], consequence: str) -> Parsed | None:

@@ -88,6 +88,11 @@ class RunFolder:
         """Scores of the "dense", "tuned" or "pruned" model."""
         return self.path / "evaluation" / f"{name}.json"
 
+    @property
+    def drift_file(self) -> Path:
+        """How far the run's models moved from the untuned one outside the domain."""
+        return self.evaluation_file("drift")
+
     def read_manifest(self) -> Manifest:
         """What is known of the run so far; raises `ValueError` where the file is no JSON object."""
         file = self.path / "manifest.json"

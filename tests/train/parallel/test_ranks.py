@@ -44,7 +44,7 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": 8, "batch_size": 3, "learning_rate": 1e-3, "validate_every": 4, "weights": "adapters"},
     "lora": {"rank": 4},
     "search": {"share": 0.4, "settle": 0.25, "init_batches": 1, "batch_size": 4},
-    "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
+    "evaluate": {"drift": False, "limit": 2, "generate_limit": 0, "dense_tuned": False},
     "distill": {"teacher": "base"},
 }
 
