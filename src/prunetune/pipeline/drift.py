@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prunetune.errors import DataError
@@ -41,7 +42,9 @@ def evaluate_drift(context: RunContext, sizes: Sequence[RunContext] | None = Non
 
         def measure(run: RunContext, name: str) -> TaskResult:
             gc.collect()  # one model frees its memory before the next is loaded
-            return measure_drift(name, load_model(run, name), tokenizer, reference, predictions, max_tokens)
+            found = measure_drift(name, load_model(run, name), tokenizer, reference, predictions, max_tokens)
+            redaction = run.config.report.redaction  # a tuned model may answer with what it learnt from a row
+            return replace(found, items=tuple(replace(item, got=redaction.text(item.got)) for item in found.items))
 
         tuned = {name: measure(context, name) for name in dense_model_names(context.config)[1:]}
         for run in runs:
