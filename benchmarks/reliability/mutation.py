@@ -7,7 +7,8 @@ time, and the tests that judge this module are run: they should fail, or not end
 
 A mutant takes about 10 seconds on one core. `--share` of all mutants are drawn, by their names and the seed alone, so
 that the same command goes on where it ended. Mutants that survived are tried again, since tests may have been added.
-What is found is appended to a file outside the repository, and summed up at the end. Text of messages is not mutated.
+What is found is appended to a file outside the repository, and summed up at the end. Text of messages is not mutated,
+nor is what is no behaviour: `strict=` of a `zip`, `indent=` of JSON, the star of a parameter list.
 
 Mutants that change nothing that a test could see are listed with reasons in mutation_equivalent.yaml, and not counted.
 """
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import parso
 import pytest
@@ -118,7 +119,7 @@ def mutants(module: str, share: float, seed: int) -> Iterator[tuple[Mutant, str]
     for name, operator in OPERATORS.items():
         places = [(node, position) for node in nodes for position in operator.mutation_positions(node)]
         for occurrence, (node, _) in enumerate(places):
-            if node.search_ancestor("fstring"):
+            if node.search_ancestor("fstring") or is_no_behaviour(node):
                 continue
             if random.Random(f"{seed} {module} {name} {occurrence}").random() >= share:
                 continue
@@ -126,6 +127,14 @@ def mutants(module: str, share: float, seed: int) -> Iterator[tuple[Mutant, str]
             pairs = zip(source.splitlines(), changed.splitlines(), strict=True)
             line, before, after = next((n, a.strip(), b.strip()) for n, (a, b) in enumerate(pairs, 1) if a != b)
             yield Mutant(module, name, line, before, after), changed
+
+
+def is_no_behaviour(node: Any) -> bool:
+    """Whether it is `strict=` of a `zip` or `indent=` of JSON, or the star of a parameter list, which multiplies nothing."""
+    argument = node.search_ancestor("argument")
+    if argument is not None and argument.children[0].type == "name":
+        return argument.children[0].value in ("strict", "indent")
+    return node.parent is not None and node.parent.type in ("parameters", "param")
 
 
 def passes(tree: Path, files: tuple[str, ...], timeout: float) -> bool | None:
