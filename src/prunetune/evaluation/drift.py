@@ -29,7 +29,7 @@ from prunetune.evaluation.scoring_mode import context_length, evaluation_mode, m
 from prunetune.evaluation.statistics import mean_score
 
 PROMPTS_FILE = Path(__file__).with_name("drift_prompts.jsonl")
-NEW_TOKENS = 48  # of a continuation, at most
+NEW_TOKENS = 32  # of a continuation, at most
 TOP_TOKENS = 512  # whose probabilities are kept of each distribution
 TINY = 1e-12
 HELP = "(?:help|assist|provide|comply|fulfill?|support|do|write|create|make|give|offer|answer|explain|teach|encourage)"
