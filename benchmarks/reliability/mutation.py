@@ -130,7 +130,7 @@ def mutants(module: str, share: float, seed: int) -> Iterator[tuple[Mutant, str]
 
 
 def is_no_behaviour(node: Any) -> bool:
-    """Whether it is `strict=` of a `zip` or `indent=` of JSON, or the star of a parameter list, which multiplies nothing."""
+    """Whether it is `strict=` of a `zip`, `indent=` of JSON, or the star of a parameter list."""
     argument = node.search_ancestor("argument")
     if argument is not None and argument.children[0].type == "name":
         return argument.children[0].value in ("strict", "indent")
