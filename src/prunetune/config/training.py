@@ -1,4 +1,4 @@
-"""The options of the sections train, lora, distill and search; recipe.py holds all others and the whole recipe."""
+"""The options of the sections train, lora, distill and search; data.py has those of data, recipe.py all others."""
 
 from __future__ import annotations
 
