@@ -467,3 +467,15 @@ def test_statistical_limit_against_a_reference_that_is_no_number_is_broken() -> 
     assert result.exit_code == 1
     (verdict,) = result.broken
     assert math.isnan(verdict.p)
+
+
+def test_reference_of_zero_cannot_be_fallen_below() -> None:
+    assert not check_task(answers("0000"), answers("0000"), {"relative": 0.9}).broken
+    assert not check_task(answers("0100"), answers("0000"), {"relative": 0.9}).broken
+
+
+def test_correction_of_p_values_leaves_other_limits_as_they_are() -> None:
+    fell = check_task(answers("1" * 10 + "0" * 30), answers("1" * 40), {"min": 0.9, "statistical": True})
+    assert [verdict.broken for verdict in fell.verdicts] == [True, True]
+    held = check_task(answers("1" * 10 + "0" * 30), answers("1" * 40), {"min": 0.2, "statistical": True})
+    assert [verdict.broken for verdict in held.verdicts] == [False, True]
