@@ -46,7 +46,7 @@ def separate_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
 
 
 def speed_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
-    """(what, dense, pruned, ratio) of latency and memory."""
+    """(what, dense, pruned, ratio) of latency and memory; above 1 the pruned model is better, in every row."""
     dense, pruned, speed = manifest.model, manifest.pruned, manifest.speed
     decode, prefill = (
         tuple(model.tokens_per_s(kind) for model in (speed.dense, speed.pruned)) for kind in ("decode", "prefill")
@@ -60,7 +60,7 @@ def speed_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
         ("Parameters", (dense.params, pruned.params), formatting.short, None),
     ]
     return [
-        (name, formatted(before), formatted(after), str(ratio or SpeedRatio(after / before)))
+        (name, formatted(before), formatted(after), str(ratio or SpeedRatio(before / after)))
         for name, (before, after), formatted, ratio in rows
         if before and after
     ]
