@@ -69,7 +69,7 @@ def test_run_measures_the_dense_tuned_and_the_pruned_model(done: Path) -> None:
 def test_terminal_and_report_say_the_verdict(done: Path) -> None:
     words = drift_verdict(Evaluation.from_json((done / "evaluation" / "drift.json").read_text()))
     assert words.startswith("Of the untuned model's own tokens on 48 general prompts, the pruned model would choose ")
-    assert f"outside the domain  {words}" in render_run(done)
+    assert f"outside the domain {words}" in " ".join(render_run(done).split())
     page = (done / "report.html").read_text()
     assert words.replace("'", "&#39;") in page
     assert page.count('<th scope="row" class="text">mathematics</th><td>5</td>') == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _speed_lines(manifest: Manifest) -> list[str]:
 
 def _drift_lines(file: Path) -> list[str]:
     words = drift_verdict(Evaluation.from_json(file.read_text(encoding="utf-8"))) if file.exists() else ""
-    return [f"outside the domain  {words}"] if words else []
+    return textwrap.wrap(f"outside the domain  {words}", 80, subsequent_indent=" " * 20) if words else []
 
 
 def _measured_budget_lines(budgets: Sequence[BudgetFacts]) -> list[str]:
