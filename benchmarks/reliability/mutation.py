@@ -63,7 +63,7 @@ MODULES = {
     "search/decision": ["search/test_searcher"],
     "search/searcher": ["search/test_searcher", "search/test_feasibility"],
     "search/select": ["search/test_select", "search/test_feasibility", "search/test_nested_sites"],
-    "train/schedule": ["train/test_schedule", "train/test_multi_size"],
+    "train/schedule": ["train/test_schedule", "train/test_quality", "train/test_multi_size"],
 }
 
 
