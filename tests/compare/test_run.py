@@ -128,10 +128,10 @@ def test_rival_is_tuned_on_the_same_rows_and_its_losses_are_in_the_models_tokens
     shutil.copytree(workspace / "dense", twin)
     tiny(seed=3, vocab_size=320).save_pretrained(other)
     subwords().save_pretrained(other)
-    options = {"methods": ["dense"], "seeds": [0], "rivals": [str(twin), str(other)]}
+    options = {"methods": ["dense"], "seeds": [0], "rivals": [str(twin), str(other)], "formats": ["q8_0"]}
     folder = compare(config_of(workspace, tmp_path / "c", compare=options))
     rows = {row["method"]: row for row in comparison_of(folder)["rows"]}
-    assert list(rows) == ["dense", "rival-twin", "rival-other"]
+    assert list(rows) == [name + format for name in ("dense", "rival-twin", "rival-other") for format in ("", "+q8_0")]
     assert rows["rival-twin"]["scores"]["nll"]["value"] == pytest.approx(
         rows["dense"]["scores"]["nll"]["value"], abs=1e-4
     )
@@ -144,6 +144,8 @@ def test_rival_is_tuned_on_the_same_rows_and_its_losses_are_in_the_models_tokens
     totals = [nll * count for nll, count in zip(columns["nll"], columns["tokens"], strict=True)]
     mean = sum(total / count for total, count in zip(totals, tokens, strict=True)) / len(tokens)
     assert rows["rival-other"]["scores"]["nll choice"]["value"] == pytest.approx(mean, abs=1e-4)
+    stored_loss = rows["rival-other+q8_0"]["scores"]["nll choice"]["value"]
+    assert stored_loss == pytest.approx(mean, rel=0.05), "in the same tokens, rounded"
     assert not (folder / "rival-other").exists()
 
 

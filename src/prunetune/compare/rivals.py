@@ -60,7 +60,8 @@ def in_tokens_of(cell: JsonObject, reference: JsonObject) -> JsonObject:
         with_loss = [item for item in items if "nll" in item.scores]
         found |= {metric: aggregate_items(with_loss, metric) for metric in OF_TOKENS if metric in found}
         tasks[task] = TaskResult(task, found, items, general=task in cell.get("general", ()))
-    return {**cell, **scores_from_evaluation(Evaluation(tasks))}
+    formats = {name: in_tokens_of(stored, reference) for name, stored in cell.get("formats", {}).items()}
+    return {**cell, **scores_from_evaluation(Evaluation(tasks)), "formats": formats}
 
 
 def _score(value: float | None, se: float | None, n: int) -> Score:
