@@ -47,9 +47,15 @@ class Results:
         return aggregate(cells, rates, config)
 
     def rate(self, method: str, keeps: Sequence[float]) -> float:
-        """The learning rate that is the best on valid of those tried at these budgets; or the only one there is."""
+        """The learning rate that is the best on valid of those tried at these budgets, by seeds that ran with all."""
         own = [cell for cell in self.cells if cell["method"] == method and cell["keep"] in (*keeps, 1)]
-        return best_learning_rate(own) or float(own[-1]["learning_rate"])
+        tried = {cell["learning_rate"] for cell in own}
+        seeds = {
+            seed
+            for seed in (cell["seed"] for cell in own)
+            if {cell["learning_rate"] for cell in own if cell["seed"] == seed} == tried
+        }
+        return best_learning_rate([cell for cell in own if cell["seed"] in seeds]) or float(own[-1]["learning_rate"])
 
     def group(self, method: str, keep: float) -> SeedGroup | None:
         """A method's cells at one budget and its learning rate, by seed; None without one."""
@@ -79,6 +85,9 @@ def read_results(sources: Sequence[Path]) -> Results:
         for cell in found:
             if "error" not in cell:
                 cell["method"] = NAMED_RATE.sub("", cell["method"])
+                cell["cell"] = f"{cell['method']}-keep{cell['keep']:g}-seed{cell['seed']}-lr{cell['learning_rate']:g}"
+                if cell["curve"]:  # of every cell, while only some are trials: the loss on valid at the last step
+                    cell["valid_nll"] = cell["curve"][-1]["nll"]
                 cells.setdefault(cell["cell"], cell)
     if len(set(models)) != 1 or len(set(splits)) != 1:
         raise SystemExit(f"results are of one model on one split; these are of {set(models)} on {set(splits)}")
