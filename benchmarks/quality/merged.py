@@ -42,13 +42,14 @@ class Results:
     def comparison(self, keeps: Sequence[float]) -> dict[str, Any]:
         """What `prunetune compare` would write to comparison.json of these cells at some budgets."""
         config = from_mapping({"model": self.model, "compare": {"keeps": list(keeps), "split": self.split}})
-        cells = [cell for cell in self.cells if cell["keep"] in (*keeps, 1)]
+        cells = [with_valid_nll(cell) for cell in self.cells if cell["keep"] in (*keeps, 1)]
         rates = {name: self.rate(name, keeps) for name in dict.fromkeys(cell["method"] for cell in cells)}
         return aggregate(cells, rates, config)
 
     def rate(self, method: str, keeps: Sequence[float]) -> float:
         """The learning rate that is the best on valid of those tried at these budgets, by seeds that ran with all."""
         own = [cell for cell in self.cells if cell["method"] == method and cell["keep"] in (*keeps, 1)]
+        own = [with_valid_nll(cell) for cell in own]
         tried = {cell["learning_rate"] for cell in own}
         seeds = {
             seed
@@ -62,6 +63,11 @@ class Results:
         own = [cell for cell in self.cells if cell["method"] == method and cell["keep"] in (keep, 1)]
         rated = [cell for cell in own if cell["learning_rate"] == self.rate(method, [keep])]
         return SeedGroup(tuple(sorted(rated, key=lambda cell: cell["seed"]))) if rated else None
+
+
+def with_valid_nll(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell with its loss on valid at the last step: every cell has it, the final one on valid only trials."""
+    return cell | ({"valid_nll": cell["curve"][-1]["nll"]} if cell.get("curve") else {})
 
 
 def read_results(sources: Sequence[Path]) -> Results:
@@ -84,10 +90,9 @@ def read_results(sources: Sequence[Path]) -> Results:
                     columns["id"] = columns["id"] or content["ids"][task]
         for cell in found:
             if "error" not in cell:
-                cell["method"] = NAMED_RATE.sub("", cell["method"])
-                cell["cell"] = f"{cell['method']}-keep{cell['keep']:g}-seed{cell['seed']}-lr{cell['learning_rate']:g}"
-                if cell["curve"]:  # of every cell, while only some are trials: the loss on valid at the last step
-                    cell["valid_nll"] = cell["curve"][-1]["nll"]
+                if NAMED_RATE.search(cell["method"]):
+                    cell["method"] = NAMED_RATE.sub("", cell["method"])
+                    cell["cell"] = "{method}-keep{keep:g}-seed{seed}-lr{learning_rate:g}".format(**cell)
                 cells.setdefault(cell["cell"], cell)
     if len(set(models)) != 1 or len(set(splits)) != 1:
         raise SystemExit(f"results are of one model on one split; these are of {set(models)} on {set(splits)}")
