@@ -143,8 +143,8 @@ def test_kept_run_folder_has_the_scores_of_its_cell_and_opens_everywhere(workspa
     ):
         assert scores.mean_nll() == pytest.approx(cell["headline"]["nll"], rel=1e-6)
     suite = tmp_path / "suite.yaml"
-    suite.write_text(f"tasks:\n  say: {{data: {workspace / 'rows.jsonl'}, metrics: [nll]}}\n")
-    assert evaluate(str(best), str(suite)).tasks
+    suite.write_text(f"tasks:\n  say: {{data: {workspace / 'rows.jsonl'}, scorer: nll}}\n")
+    assert evaluate(str(best), str(suite)).tasks["say"].scores["nll"].value > 0
     assert export_run(best, "uniform", out=tmp_path / "again").params == export_run(best, "onnx").params
 
 

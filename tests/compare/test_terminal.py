@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prunetune.compare.charts import draw_latency_charts, method_styles
+from prunetune.compare.charts import draw_cost_charts, method_styles
 from prunetune.compare.markdown import render_markdown, verdict_sentences
 from prunetune.compare.table import aggregate
 from prunetune.compare.terminal import render_comparison
@@ -50,6 +50,12 @@ def test_verdict_names_the_smallest_its_path_and_the_fastest_with_its_runtime() 
     ]
 
 
+def test_verdict_says_that_the_winner_has_no_file() -> None:
+    best = {"method": "progressive+q4_k_m", "seed": 0, "path": "best"}
+    words = "Those of seed 0 are kept in best, but could not be written as q4_k_m: see the log."
+    assert verdict_sentences(timed_comparison() | {"best": best})[1] == words
+
+
 def test_printed_comparison_fits_80_columns_and_names_its_files(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text(json.dumps(timed_comparison()))
     lines = render_comparison(tmp_path, width=80).replace(str(tmp_path), "RUN").splitlines()
@@ -78,11 +84,13 @@ def test_each_runtime_has_a_chart_of_quality_over_latency_and_untimed_rows_a_not
     comparison = timed_comparison()
     rows = comparison["rows"]
     styles = method_styles([row["method"] for row in rows], "progressive")
-    charts = [chart for chart in draw_latency_charts(rows, styles) if chart]
+    charts = draw_cost_charts(rows, styles)
     assert [chart.title for chart in charts] == [
-        "Mean NLL by time a token in transformers", "Mean NLL by time a token in llama.cpp",
-    ]  # fmt: skip
-    assert charts[1].caption.startswith("Measured in turns in llama.cpp (xllamacpp 2026.10) on 16 CPU threads.")
+        "Mean NLL by size of the weights",
+        "Mean NLL by time a token in transformers",
+        "Mean NLL by time a token in llama.cpp",
+    ]
+    assert charts[2].caption.startswith("Measured in turns in llama.cpp (xllamacpp 2026.10) on 16 CPU threads.")
     table = render_markdown(comparison)
     assert "| weights MB | ms a token | ms to the first | memory MB | timed in |" in table
     assert "Not timed:\n\n- rival-SmolLM2-135M-Instruct+q4_k_m: llama.cpp has no place for it" in table

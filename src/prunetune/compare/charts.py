@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -87,50 +88,26 @@ def draw_metric_chart(
     return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
 
 
-def draw_size_chart(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> ComparisonChart | None:
-    """Mean loss over the bytes of the weights, a line over sizes for each method and format."""
-    points = [(row["bytes"] / 1e6, row) for row in rows if row.get("bytes")]
-    return _draw_cost_chart("bytes", "Mean NLL by size of the weights", "weights, MB", "", points, styles)
-
-
-def draw_latency_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> list[ComparisonChart | None]:
-    """Mean loss over the time of a token, a chart for each runtime and device, as their times are not comparable."""
-    points_by_place: dict[tuple[str, str], list[tuple[float, JsonObject]]] = {}
-    for row in rows:
+def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> list[ComparisonChart]:
+    """Mean loss over the bytes of the weights, and over the time of a token: a chart for each runtime and device."""
+    points: dict[tuple[str, str, str], list[tuple[float, JsonObject]]] = {}  # (title, axis, caption) -> (cost, row)
+    for row in (row for row in rows if row["scores"].get("nll", {}).get("value") is not None):
         speed = row.get("speed") or {}
+        if row.get("bytes"):
+            size = ("Mean NLL by size of the weights", "weights, MB", "")
+            points.setdefault(size, []).append((row["bytes"] / 1e6, row))
         if "token_s" in speed:
-            place = (speed["runtime"], speed["device"])
-            points_by_place.setdefault(place, []).append((speed["token_s"] * 1e3, row))
-    return [
-        _draw_cost_chart(
-            f"latency-{number}", f"Mean NLL by time a token in {runtime.split()[0]}", "ms a token",
-            f"Measured in turns in {runtime} on {device}. ", points, styles,
-        )
-        for number, ((runtime, device), points) in enumerate(points_by_place.items())
-    ]  # fmt: skip
-
-
-def _draw_cost_chart(
-    name: str,
-    title: str,
-    label: str,
-    caption: str,
-    points: Sequence[tuple[float, JsonObject]],
-    styles: Mapping[str, MethodStyle],
-) -> ComparisonChart | None:
-    """Mean loss over what a row costs; None if no row has both."""
-    points = [(cost, row) for cost, row in points if row["scores"].get("nll", {}).get("value") is not None]
-    if not points:
-        return None
-    markup = svg.render_svg(
-        f"compare-{name}",
-        f"{title}; the tables below have the numbers",
-        FIGURE_WIDTH,
-        3.0,
-        lambda figure: _draw_costs(figure, label, points, styles),
-    )
-    caption += "Lower and further left is better. Bars: one standard error over items."
-    return ComparisonChart(title, markup, caption)
+            title = f"Mean NLL by time a token in {speed['runtime'].split()[0]}"
+            time = (title, "ms a token", f"Measured in turns in {speed['runtime']} on {speed['device']}. ")
+            points.setdefault(time, []).append((speed["token_s"] * 1e3, row))
+    charts = []
+    for number, ((title, label, caption), costs) in enumerate(points.items()):
+        draw = partial(_draw_costs, label=label, points=costs, styles=styles)
+        spoken = f"{title}; the tables below have the numbers"
+        markup = svg.render_svg(f"compare-cost-{number}", spoken, FIGURE_WIDTH, 3.0, draw)
+        caption += "Lower and further left is better. Bars: one standard error over items."
+        charts.append(ComparisonChart(title, markup, caption))
+    return charts
 
 
 def _draw_costs(

@@ -126,7 +126,9 @@ def verdict_sentences(comparison: Mapping[str, Any]) -> list[str]:
         f"{format_megabytes(row['bytes'])} of {format_megabytes(largest)} MB."
     ]
     if best := comparison.get("best"):
-        sentences.append(f"Those of seed {best['seed']} are kept in {best['path']}.")
+        has_file = "+" not in best["method"] or "/" in best["path"]
+        but = "" if has_file else f", but could not be written as {best['method'].partition('+')[2]}: see the log"
+        sentences.append(f"Those of seed {best['seed']} are kept in {best['path']}{but}.")
     if timed:
         fastest = min(timed, key=lambda other: float(other["speed"]["token_s"]))
         dense = next((other for other in timed if other["method"] == DENSE and other is not fastest), None)

@@ -48,7 +48,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
     if sentences := markdown.verdict_sentences(comparison):
-        metric_charts[:0] = [charts.draw_size_chart(rows, styles), *charts.draw_latency_charts(rows, styles)]
+        metric_charts[:0] = charts.draw_cost_charts(rows, styles)
     page = environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
