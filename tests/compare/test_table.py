@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prunetune.compare.markdown import format_smallest, render_markdown
+from prunetune.compare.markdown import render_markdown, verdict_sentences
 from prunetune.compare.page import render_page
 from prunetune.compare.table import SeedGroup, aggregate, mean_difference
 from prunetune.config.recipe import from_mapping
@@ -208,7 +208,7 @@ def test_model_scored_in_a_format_has_a_row_of_its_own_and_the_smallest_about_as
     }  # fmt: skip
     assert (comparison["reference"], comparison["rates"]) == ("progressive", [])
     words = "The smallest weights within 2% of dense in loss: progressive+q8_0 with 40% removed, 110 of 270 MB."
-    assert format_smallest(comparison) == words
+    assert verdict_sentences(comparison) == [words]
     assert "The smallest weights within 2% of dense" in render_markdown(comparison)
     assert "<svg" in render_page(comparison, Manifest.from_dict({}), "", "formats")
     assert words in render_page(comparison, Manifest.from_dict({}), "", "formats")
@@ -216,4 +216,4 @@ def test_model_scored_in_a_format_has_a_row_of_its_own_and_the_smallest_about_as
 
 def test_comparison_in_one_format_names_no_smallest_weights() -> None:
     comparison = aggregate([sized("dense", 1.0, 270), sized("progressive", 1.0, 200)], RATES, CONFIG)
-    assert format_smallest(comparison) == ""
+    assert verdict_sentences(comparison) == []

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from prunetune import export_run
 from prunetune.errors import ConfigError, MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export import quantize
-from prunetune.export.quantize import SCHEMES, find_quantizable
+from prunetune.export.quantize import SCHEMES, find_quantizable, rounded_as_quantized
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.utils import optional
 from support.data import subwords
 from support.export import plan_of, run_folder
@@ -49,6 +51,30 @@ def test_quantized_folder_opens_in_stock_transformers_and_reports_its_error(
     config = json.loads((result.path / "config.json").read_text())
     assert ("per_layer_config" in config) == (layout == "per-layer")
     assert config["quantization_config"]
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_model_rounded_in_memory_has_the_weights_of_the_export(kind: str, tmp_path: Path) -> None:
+    skip_without_package(kind)
+    source = ExportSource.open(run_with(tmp_path / "run", 96 if kind == "int8" else 128))
+    rounded, size = rounded_as_quantized(source.load_model(), kind)
+    result = export_run(tmp_path / "run", options=ExportOptions(quantize=kind))
+    opened = load_model_and_tokenizer(str(result.path), device=torch.device("cpu"), dtype=torch.float32).model
+    linears = dict(opened.named_modules())
+    changed = 0
+    for name, own in rounded.named_modules():
+        if isinstance(own, torch.nn.Linear) and name != "lm_head":
+            weight = linears[name].weight
+            if kind == "int8":
+                stored = weight.dequantize()
+            else:
+                from bitsandbytes.functional import dequantize_4bit
+
+                stored = dequantize_4bit(weight.data, weight.quant_state)
+            assert torch.equal(own.weight, stored), name
+            changed += 1
+    assert changed == 14
+    assert size == pytest.approx(result.bytes, rel=0.1), "but for names and shapes"
 
 
 def test_linears_of_unfit_width_stay_unquantised_with_a_warning(

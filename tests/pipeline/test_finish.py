@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prunetune.config.recipe import from_mapping
-from prunetune.pipeline.finish import _check_tokens, _open_streamed, _weight_merger
+from prunetune.pipeline.finish import _open_streamed, _weight_merger, check_tokens
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.sites import find_sites
@@ -81,7 +81,7 @@ def test_model_is_cut_layer_by_layer_if_its_files_use_the_names_of_its_class(
 def test_check_takes_four_rows_of_equal_length_up_to_64_tokens() -> None:
     def tokens_of(*lengths: int) -> Any:
         examples = [SimpleNamespace(token_ids=tuple(range(length))) for length in lengths]
-        return _check_tokens(cast("RunContext", SimpleNamespace(encoded={"test": SimpleNamespace(examples=examples)})))
+        return check_tokens(cast("RunContext", SimpleNamespace(encoded={"test": SimpleNamespace(examples=examples)})))
 
     assert tokens_of(70, 9, 30).tolist() == [list(range(9))] * 3
     assert tokens_of(*[80] * 9).shape == (4, 64)

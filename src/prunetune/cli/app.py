@@ -143,6 +143,7 @@ def compare(
     /,
     *others: UserPath,
     resume: Annotated[bool, Parameter(negative=(), help="Resume a comparison that was stopped, or extend it.")] = False,
+    keep_best: Annotated[bool, Parameter(negative=(), help="Keep what wins: compare.keep_best.")] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
     """Compare dense, two-stage and progressive models with equal help, over budgets, seeds and learning rates.
@@ -156,18 +157,19 @@ def compare(
     """
     from prunetune.compare.methods import NOT_OF_A_METHOD
     from prunetune.compare.run import compare as run_comparison
+    from prunetune.compare.terminal import render_comparison
 
     config = _read_config(recipe, flags, resume=resume)
     recipes = (*config.compare.recipes, *map(str, others))
-    config = replace(config, compare=replace(config.compare, recipes=tuple(dict.fromkeys(recipes))))
+    compared = replace(config.compare, recipes=tuple(dict.fromkeys(recipes)))
+    config = replace(config, compare=replace(compared, keep_best=keep_best or compared.keep_best))
     if recipes and (changes := flags_to_overrides(flags).keys() - NOT_OF_A_METHOD):
         raise ConfigError(
             f"flags of {', '.join(sorted(changes))} would change the first of several recipes only: say it in the "
             f"recipes; flags of {', '.join(NOT_OF_A_METHOD)} count for all"
         )
     folder = run_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
-    _print((folder / "table.md").read_text(encoding="utf-8"))
-    _print(f"page {folder / 'comparison.html'}")
+    _print(render_comparison(folder))
 
 
 @app.command

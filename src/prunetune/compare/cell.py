@@ -16,12 +16,15 @@ from torch import Tensor
 
 from prunetune.baselines import BASELINES, Calibration
 from prunetune.compare.grid import Cell, cell_header
+from prunetune.compare.kept_models import KeptModels
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.export.gguf.rounding import rounded_as_stored
+from prunetune.export.quantize import SCHEMES, rounded_as_quantized
+from prunetune.model.loading import load_meta_model
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import RunContext, resolve_auto, with_distill_texts
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
@@ -121,8 +124,8 @@ class CellRunner:
         self.dense_learning_rate = rate
         self.teachers = {key: tuned for key, tuned in self.teachers.items() if is_needed and key[1] == rate}
 
-    def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> JsonObject:
-        """Train and score a cell; returns the content of its file. Raises whatever goes wrong."""
+    def run_cell(self, cell: Cell, *, needs_valid_nll: bool, keep_in: KeptModels | None = None) -> JsonObject:
+        """Train and score a cell, and write its model if asked; returns its file's content. Raises what goes wrong."""
         with self._stream():
             context = self.cell_context(cell)
             if not self.concurrent:
@@ -130,6 +133,8 @@ class CellRunner:
                 if context.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(context.device)
             model, plan, facts = self._model(cell, context)
+            if keep_in is not None:
+                keep_in.save(cell.name, model, plan)
             peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
             started = time.monotonic()
             scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
@@ -151,8 +156,8 @@ class CellRunner:
             }
 
     def _score_as_stored(self, model: Any, context: RunContext, format: str) -> JsonObject:
-        """Scores of the model with the weights of a .gguf file, and the bytes of these."""
-        rounded, size = rounded_as_stored(model, format)
+        """Scores of the model with the weights of an export in that format, and the bytes of these."""
+        rounded, size = (rounded_as_quantized if format in SCHEMES else rounded_as_stored)(model, format)
         return {**score_model(rounded, context, self._on_progress, needs_valid_nll=False), "bytes": size}
 
     def raise_if_interrupted(self) -> None:
@@ -173,10 +178,11 @@ class CellRunner:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
         config = cell.config(self.context.config)
         shared = self.context.constraints
-        constraints = make_plan_constraints(config, self.context.sites, self.model.config, shared.allows_groups)
+        model = self.model or load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
+        constraints = make_plan_constraints(config, self.context.sites, model.config, shared.allows_groups)
         context = replace(self.context, config=config, constraints=replace(constraints, limits=shared.limits))
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
-            context = with_distill_texts(context, context_length(self.model))
+            context = with_distill_texts(context, context_length(model))
         if not cell.method.equal_help:
             plain = plain_lora_config(context)  # a variant's own options win
             context = replace(plain, config=apply_overrides(plain.config, cell.method.overrides))

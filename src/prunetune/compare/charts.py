@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -21,7 +22,7 @@ FIGURE_WIDTH = 5.0  # inches
 MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-LOG_AXIS_RATIO = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
+LOG_AXIS_RATIO = 4.0  # perplexities, sizes and times that lie farther apart than this get a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -87,40 +88,50 @@ def draw_metric_chart(
     return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
 
 
-def draw_size_chart(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> ComparisonChart | None:
-    """Mean loss over the bytes of the weights, a line over sizes for each method and format."""
-    scored = [row for row in rows if row.get("bytes") and row["scores"].get("nll", {}).get("value") is not None]
-    if not scored:
-        return None
-    markup = svg.render_svg(
-        "compare-bytes",
-        "Mean NLL by bytes of the weights; the tables below have the numbers",
-        FIGURE_WIDTH,
-        3.0,
-        lambda figure: _draw_sizes(figure, scored, styles),
-    )
-    caption = "Lower and further left is better. Bars: one standard error over items."
-    return ComparisonChart("Mean NLL by size of the weights", markup, caption)
+def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> list[ComparisonChart]:
+    """Mean loss over the bytes of the weights, and over the time of a token: a chart for each runtime and device."""
+    points: dict[tuple[str, str, str], list[tuple[float, JsonObject]]] = {}  # (title, axis, caption) -> (cost, row)
+    for row in (row for row in rows if row["scores"].get("nll", {}).get("value") is not None):
+        speed = row.get("speed") or {}
+        if row.get("bytes"):
+            size = ("Mean NLL by size of the weights", "weights, MB", "")
+            points.setdefault(size, []).append((row["bytes"] / 1e6, row))
+        if "token_s" in speed:
+            title = f"Mean NLL by time a token in {speed['runtime'].split()[0]}"
+            time = (title, "ms a token", f"Measured in turns in {speed['runtime']} on {speed['device']}. ")
+            points.setdefault(time, []).append((speed["token_s"] * 1e3, row))
+    charts = []
+    for number, ((title, label, caption), costs) in enumerate(points.items()):
+        draw = partial(_draw_costs, label=label, points=costs, styles=styles)
+        spoken = f"{title}; the tables below have the numbers"
+        markup = svg.render_svg(f"compare-cost-{number}", spoken, FIGURE_WIDTH, 3.0, draw)
+        caption += "Lower and further left is better. Bars: one standard error over items."
+        charts.append(ComparisonChart(title, markup, caption))
+    return charts
 
 
-def _draw_sizes(figure: Figure, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
+def _draw_costs(
+    figure: Figure, label: str, points: Sequence[tuple[float, JsonObject]], styles: Mapping[str, MethodStyle]
+) -> None:
     axes = figure.subplots()
-    for name in dict.fromkeys(row["method"] for row in rows):
-        points = {row["bytes"]: row for row in rows if row["method"] == name}  # a dense one is in every size's rows
-        style, ordered = styles[name], [points[size] for size in sorted(points)]
-        values, errors = zip(*(_score(row, "nll") for row in ordered), strict=True)
-        axes.errorbar(
-            [row["bytes"] / 1e6 for row in ordered], values, yerr=[error or 0.0 for error in errors],
-            color=style.colour, marker=style.marker, linestyle=style.line_style, elinewidth=0.8,
-            markersize=6 if style.is_reference else 4.5, linewidth=2.4 if style.is_reference else 1.2,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("weights, MB")
+    for name in dict.fromkeys(row["method"] for _, row in points):
+        by_cost = {cost: row for cost, row in points if row["method"] == name}  # a dense one is in every size's rows
+        style, costs = styles[name], sorted(by_cost)
+        _draw_line(axes, costs, [by_cost[cost] for cost in costs], "nll", style)
+    axes.set_xlabel(label)
+    _set_log_scale(axes, [cost for cost, _ in points], vertical=False)
+
+
+def _draw_line(
+    axes: Axes, places: Sequence[float], rows: Sequence[JsonObject], metric: str, style: MethodStyle, **options: Any
+) -> None:
+    """A point with its standard error for each row, joined."""
+    values, errors = zip(*(_score(row, metric) for row in rows), strict=True)
+    axes.errorbar(
+        places, values, yerr=[error or 0.0 for error in errors],
+        color=style.colour, marker=style.marker, linestyle=style.line_style, elinewidth=0.8,
+        markersize=6 if style.is_reference else 4.5, linewidth=2.4 if style.is_reference else 1.2, **options,
+    )  # fmt: skip
 
 
 def _score(row: JsonObject, metric: str) -> tuple[float, float | None]:
@@ -140,16 +151,12 @@ def _draw_curves(figure: Figure, metric: str, rows: Sequence[JsonObject], styles
         if name in dense:
             _draw_level(axes, _score(points[0], metric)[0], style, horizontal=True)
             points = points[:1]
-        values, errors = zip(*(_score(row, metric) for row in points), strict=True)
-        axes.errorbar(
-            [1 - row["kept"] for row in points], values, yerr=[error or 0.0 for error in errors],
-            color=style.colour, marker=style.marker, linestyle=style.line_style, elinewidth=0.8,
-            markersize=6 if style.is_reference else 4.5, linewidth=2.4 if style.is_reference else 1.2,
-            zorder=100 if style.is_reference else 3 + order / 100,
-        )  # fmt: skip
+        zorder = 100 if style.is_reference else 3 + order / 100
+        _draw_line(axes, [1 - row["kept"] for row in points], points, metric, style, zorder=zorder)
     axes.set_xlabel("share of the prunable parameters removed")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _set_log_scale(axes, metric, rows, vertical=True)
+    if metric.startswith("ppl "):
+        _set_log_scale(axes, [_score(row, metric)[0] for row in rows], vertical=True)
 
 
 def _draw_dots(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
@@ -165,10 +172,12 @@ def _draw_dots(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: 
             markersize=7 if style.is_reference else 5.5, elinewidth=1.4,
         )  # fmt: skip
     names = [name if len(name) <= 22 else f"{name[:21]}…" for name in (row["method"] for row in rows)]
-    axes.set_yticks(range(len(rows)), names, color=svg.INK)
+    room = [name.rjust(round(1.7 * len(name)), "\u00a0") for name in names]  # text is larger on narrow pages
+    axes.set_yticks(range(len(rows)), room, color=svg.INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=True, axis="both")
-    _set_log_scale(axes, metric, rows, vertical=False)
+    if metric.startswith("ppl "):
+        _set_log_scale(axes, [_score(row, metric)[0] for row in rows], vertical=False)
 
 
 def _draw_level(axes: Axes, value: float, style: MethodStyle, *, horizontal: bool) -> None:
@@ -176,12 +185,11 @@ def _draw_level(axes: Axes, value: float, style: MethodStyle, *, horizontal: boo
     draw(value, color=style.colour, linewidth=0.9, linestyle=(0, (4, 3)))
 
 
-def _set_log_scale(axes: Axes, metric: str, rows: Sequence[JsonObject], *, vertical: bool) -> None:
-    """A logarithmic axis for perplexities that lie far apart."""
+def _set_log_scale(axes: Axes, values: Sequence[float], *, vertical: bool) -> None:
+    """A logarithmic axis for values that lie far apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    values = [_score(row, metric)[0] for row in rows]
-    if not metric.startswith("ppl ") or min(values) <= 0 or max(values) < LOG_AXIS_RATIO * min(values):
+    if min(values) <= 0 or max(values) < LOG_AXIS_RATIO * min(values):
         return
     axis = axes.yaxis if vertical else axes.xaxis
     (axes.set_yscale if vertical else axes.set_xscale)("log")

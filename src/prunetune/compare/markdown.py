@@ -1,21 +1,23 @@
-"""The table of a comparison as Markdown text: printed at the end, and kept as table.md."""
+"""The table of a comparison as Markdown text, kept as table.md; and the words and numbers that other views share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunetune.compare.table import smallest_file
+from prunetune.compare.methods import DENSE
+from prunetune.compare.table import as_good_as_dense, smallest_file
 from prunetune.report import formatting
 from prunetune.utils.untrusted import markdown_text
 
 FLOORS = ("chance", "majority", "longest")  # rows of the table of tasks that need no model
+TIMES = ("ms a token", "ms to the first", "memory MB", "timed in")  # of one prompt, in turns with the other rows
 ABSENT = ""  # a value that a cell of the table does not have
 
 
 def render_markdown(comparison: Mapping[str, Any]) -> str:
     """Markdown tables: of each budget the means, what was forgotten and the tasks; the learning rates; failed cells."""
-    sections = [markdown_text(text) for text in (format_made(comparison), format_smallest(comparison))]
+    sections = [markdown_text(text) for text in (format_made(comparison), " ".join(verdict_sentences(comparison)))]
     for keep in comparison["keeps"]:
         if rows := [row for row in comparison["rows"] if row["keep"] == keep]:
             sections += _budget_tables(comparison, keep, rows)
@@ -32,13 +34,17 @@ def _budget_tables(comparison: Mapping[str, Any], keep: float, rows: Sequence[Ma
     head = ["method", "help", "lr", "seeds", "kept", "gap", "acc of dense"]
     for metric in comparison["metrics"]:
         head += [metric, "sd", "se", f"- {reference}"]
-    head += ["weights MB", "cost s", "train s", "teacher s", "peak MB"]
+    timed = any(row.get("speed") for row in rows)
+    head += ["weights MB", *(TIMES if timed else ()), "cost s", "train s", "teacher s", "peak MB"]
     title = (
         f"Keep {keep:g}, split {comparison['split']}: means over seeds; sd over seeds, se over items; "
         f"minus {reference} with its standard error over paired items (over seeds), * beyond two of both; "
         "gap: nll minus dense; cost: training and its teacher's tuning."
     )
-    sections = [f"{title}\n\n" + markdown_table(head, [_row_cells(row, comparison["metrics"]) for row in rows])]
+    cells = [_row_cells(row, comparison["metrics"], timed=timed) for row in rows]
+    sections = [f"{title}\n\n" + markdown_table(head, cells)]
+    if notes := timing_notes(rows):
+        sections.append("Not timed:\n\n" + "\n".join(f"- {markdown_text(note)}" for note in notes))
     if forgetting := comparison["forgetting"]:
         title = f"Keep {keep:g}, outside the domain: zero-shot accuracy and perplexity, minus {reference}."
         sections.append(f"{title}\n\n" + markdown_table(["method", *forgetting], _score_rows(rows, forgetting)))
@@ -62,7 +68,26 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> li
     ]
 
 
-def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+def timing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each row that could not be timed, its method and why."""
+    notes = ((row["method"], (row.get("speed") or {}).get("note")) for row in rows)
+    return [f"{method}: {note}" for method, note in notes if note]
+
+
+def format_times(row: Mapping[str, Any]) -> list[str]:
+    """The cells of `TIMES`, empty where the row was not timed."""
+    speed = row.get("speed") or {}
+    first = speed.get("first_token_s")
+    place = f"{speed['runtime']}, {speed['device']}" if "runtime" in speed else ABSENT
+    return [
+        token_ms(row),
+        ABSENT if first is None else f"{first * 1e3:.3g}",
+        format_megabytes(speed.get("peak_bytes")),
+        place,
+    ]
+
+
+def _row_cells(row: Mapping[str, Any], metrics: Sequence[str], *, timed: bool) -> list[str]:
     share = row["acc_of_dense"]
     cells = [row["method"], row["help"] or ABSENT, format_learning_rate(row), format_seeds(row)]
     cells += [formatting.share(row["kept"], 1), format_signed(row["gap"])]
@@ -70,7 +95,7 @@ def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     for metric in metrics:
         score = row["scores"].get(metric, {})
         cells += [format_number(score.get(name)) for name in ("value", "sd", "se")] + [format_difference(score)]
-    cells += [format_megabytes(row.get("bytes"))]
+    cells += [format_megabytes(row.get("bytes")), *(format_times(row) if timed else ())]
     seconds = [format_seconds(row[key]) for key in ("cost_seconds", "train_seconds", "teacher_seconds")]
     return [*cells, *seconds, ABSENT if row["peak_mb"] is None else formatting.count(row["peak_mb"])]
 
@@ -84,17 +109,45 @@ def format_made(comparison: Mapping[str, Any]) -> str:
     return ", ".join([comparison["model"], *filter(None, parts)]) + "."
 
 
-def format_smallest(comparison: Mapping[str, Any]) -> str:
-    """Which weights are the smallest that are about as good as dense; "" where weights were scored in one format."""
-    row = smallest_file(dict(comparison))
-    if row is None or not any("+" in other["method"] for other in comparison["rows"]):
-        return ""
+def verdict_sentences(comparison: Mapping[str, Any]) -> list[str]:
+    """Which weights are the smallest that are about as good as dense, where they are kept, and which are the fastest.
+
+    Empty where there is no choice between formats, models or times.
+    """
+    good = as_good_as_dense(dict(comparison))
+    row, timed = smallest_file(dict(comparison)), [other for other in good if token_ms(other)]
+    has_choice = any("+" in other["method"] or "rival-" in other["method"] for other in comparison["rows"])
+    if row is None or not (has_choice or timed or comparison.get("best")):
+        return []
     largest = max(other["bytes"] for other in comparison["rows"] if other.get("bytes"))
     size = "" if row["kind"] == "dense" else f" with {formatting.share(1 - row['kept'])} removed"
-    return (
-        f"The smallest weights within 2% of dense in loss: {row['method']}{size}, {format_megabytes(row['bytes'])} of "
-        f"{format_megabytes(largest)} MB."
-    )
+    sentences = [
+        f"The smallest weights within {100 * comparison['within']:g}% of dense in loss: {row['method']}{size}, "
+        f"{format_megabytes(row['bytes'])} of {format_megabytes(largest)} MB."
+    ]
+    if best := comparison.get("best"):
+        has_file = "+" not in best["method"] or "/" in best["path"]
+        but = "" if has_file else f", but could not be written as {best['method'].partition('+')[2]}: see the log"
+        sentences.append(f"Those of seed {best['seed']} are kept in {best['path']}{but}.")
+    if timed:
+        fastest = min(timed, key=lambda other: float(other["speed"]["token_s"]))
+        dense = next((other for other in timed if other["method"] == DENSE and other is not fastest), None)
+        against = f"; dense takes {_format_time(dense)}" if dense else ""
+        sentences.append(f"The fastest of those as good: {fastest['method']}, {_format_time(fastest)}{against}.")
+    return sentences
+
+
+def _format_time(row: Mapping[str, Any]) -> str:
+    speed = row["speed"]
+    times = speed.get("times_faster")
+    faster = f", {times[0]:.2f} times as fast as dense ({times[1]:.2f} to {times[2]:.2f})" if times else ""
+    return f"{token_ms(row)} ms a token in {speed['runtime']} on {speed['device']}{faster}"
+
+
+def token_ms(row: Mapping[str, Any]) -> str:
+    """Milliseconds of a decode step; "" if the row was not timed."""
+    seconds = (row.get("speed") or {}).get("token_s")
+    return ABSENT if seconds is None else f"{seconds * 1e3:.3g}"
 
 
 def format_learning_rate(row: Mapping[str, Any]) -> str:

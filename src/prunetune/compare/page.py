@@ -35,7 +35,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         "signed": markdown.format_signed, "difference": markdown.format_difference,
         "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
         "seeds": markdown.format_seeds, "significance": significance_class,
-        "number": markdown.format_number, "megabytes": markdown.format_megabytes,
+        "number": markdown.format_number, "megabytes": markdown.format_megabytes, "times": markdown.format_times,
     }  # fmt: skip
     rows, reference = comparison["rows"], comparison["reference"]
     styles = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), reference)
@@ -47,13 +47,13 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         charts.draw_metric_chart(number, metric, label, as_tuned, styles)
         for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
-    if smallest := markdown.format_smallest(comparison):
-        metric_charts.insert(0, charts.draw_size_chart(rows, styles))
+    if sentences := markdown.verdict_sentences(comparison):
+        metric_charts[:0] = charts.draw_cost_charts(rows, styles)
     page = environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
         verdict=verdict(comparison),
-        smallest=smallest,
+        sentences=[sentence for sentence in sentences if sentence != verdict(comparison)],
         labels=labels,
         forgetting=forgetting,
         tasks=tasks,
@@ -64,6 +64,8 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         charts=[chart for chart in metric_charts if chart is not None],
         legend=charts.legend(styles),
         cost_rows=cost_rows(rows),
+        times=markdown.TIMES if any(row.get("speed") for row in rows) else (),
+        timing_notes=dict.fromkeys(markdown.timing_notes(rows)),
         any_concurrent=any(row["crowded"] for row in rows),
         command=manifest.command or "",
         environment=_environment_rows(manifest),
@@ -81,7 +83,7 @@ def metric_label(name: str) -> str:
 def verdict(comparison: JsonObject) -> str:
     """The result in a sentence: the gap to dense of the reference and the best two-stage method at the smallest size.
 
-    A size that lacks one of these is skipped.
+    A size that lacks one of these is skipped. Without any, the smallest weights that are as good as dense.
     """
     for keep in sorted(comparison["keeps"]):
         rows = {row["method"]: row for row in comparison["rows"] if row["keep"] == keep and row["gap"] is not None}
@@ -95,6 +97,8 @@ def verdict(comparison: JsonObject) -> str:
                 f"{removed} removed: NLL {gap} over dense with {comparison['reference']}, "
                 f"{best_gap} with {best['method']}, the best two-stage"
             )
+    if sentences := markdown.verdict_sentences(comparison):
+        return sentences[0]
     methods = len({row["method"] for row in comparison["rows"]})
     return f"{methods} method{'s' if methods != 1 else ''} on {comparison['model']}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -17,14 +18,17 @@ from torch.nn.attention import sdpa_kernel
 
 from prunetune.compare.cell import CellRunner, Interrupted
 from prunetune.compare.grid import Cell, CellStore, Grid, best_learning_rate, cell_header, grid_from_config
+from prunetune.compare.kept_models import KeptModels
 from prunetune.compare.markdown import render_markdown
 from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_methods
 from prunetune.compare.page import write_page
 from prunetune.compare.rivals import prepare_rivals, with_comparable_losses
-from prunetune.compare.table import aggregate
+from prunetune.compare.table import aggregate, smallest_file
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
+from prunetune.export.gguf.mixes import MIXES, require_library
+from prunetune.export.quantize import SCHEMES, require_scheme
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import Console, RunContext, prepare, resolve_auto
@@ -36,7 +40,7 @@ from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.failures import is_gpu_fault
-from prunetune.utils.files import write_text
+from prunetune.utils.files import require_disk_space, write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.redaction import SHOW_ALL
 
@@ -45,8 +49,11 @@ log = logging.getLogger(__name__)
 # With --resume a comparison may get more cells: a cell's file holds everything that defines it.
 EXTENDABLE_OPTIONS = CHANGEABLE_ON_RESUME | {
     f"compare.{name}"
-    for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "recipes", "rivals", "jobs")
-}
+    for name in (
+        "methods", "help", "keeps", "seeds", "learning_rates", "variants", "recipes", "rivals", "jobs", "keep_best",
+        "within", "measure",
+    )
+}  # fmt: skip
 
 
 def compare(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
@@ -69,6 +76,13 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         raise ConfigError(
             "compare.keeps are shares of parameters, and budget names another amount: leave one of the two out"
         )
+    if config.compare.keep_best and not any(method.name == DENSE for method in methods):
+        raise ConfigError("compare.keep_best needs a dense tuned model to be as good as: add dense to compare.methods")
+    for format in config.compare.formats:
+        if format in SCHEMES:
+            require_scheme(format)
+        elif format in MIXES:
+            require_library(format)
     console = console or make_console(config.train.log_every)
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         context = prepare(config, resume=resume, console=console, changeable=EXTENDABLE_OPTIONS)
@@ -83,11 +97,15 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
             (context.folder.path / "cells").mkdir(exist_ok=True)
             record_origin(context, command)
             store = CellStore(context.folder.path)
-            cells, rates = _Comparison(context, methods, grid, store).run()
-            for method, rival in rivals:
-                more_cells, more_rates = _Comparison(rival, [method], grid, store).run()
-                cells, rates = cells + more_cells, rates | more_rates
-    return _write_results(context, cells, rates)
+            comparisons = [_Comparison(context, methods, grid, store)]
+            comparisons += [_Comparison(rival, [method], grid, store) for method, rival in rivals]
+            _check_disk_space(comparisons)
+            for comparison in comparisons:
+                comparison.run()
+            _write_results(comparisons)
+            if config.compare.keep_best or config.compare.measure:
+                _finish_models(comparisons)
+    return _write_results(comparisons)
 
 
 def _validate_before_start(context: RunContext, methods: Sequence[Method], grid: Grid) -> None:
@@ -107,10 +125,69 @@ def _validate_before_start(context: RunContext, methods: Sequence[Method], grid:
             select(scores, context.sites, cell.keep, replace(constraints, limits=context.constraints.limits))
 
 
-def _write_results(context: RunContext, cells: Sequence[Cell], rates: Mapping[str, float]) -> Path:
+def _check_disk_space(comparisons: Sequence[_Comparison]) -> None:
+    """Say what `models/` will hold until the end, if anything; raises `RunFolderError` where the disk cannot."""
+    compare, path = comparisons[0].context.config.compare, comparisons[0].context.folder.path
+    if not (compare.keep_best or compare.measure):
+        return
+    copies = 2 + len(compare.formats) if compare.measure else 1  # weights; their run folder and exports, to be timed
+    grid, needed, count = comparisons[0].grid, 0, 0
+    for comparison in comparisons:
+        models = len(comparison.methods) * (len(grid.keeps) + len(grid.learning_rates) - 1)
+        count += models
+        needed += models * copies * comparison.context.dense_params * comparison.context.dtype.itemsize
+    require_disk_space(path, needed)
+    log.info("models/ holds up to %d models, %.1f GB, until the comparison ends", count, needed / 1e9)
+
+
+def _finish_models(comparisons: Sequence[_Comparison]) -> None:
+    """Keep the winner and time all models, as the recipe asks, unless that is done; then free the disk.
+
+    Cells whose weights are gone, as a finished comparison was resumed with more to do, are trained again.
+    """
+    context = comparisons[0].context
+    models, compare = KeptModels(context.folder.path), context.config.compare
+    of_cell = {cell.name: (comparison, cell) for comparison in comparisons for cell in comparison.cells()}
+    while True:
+        table = _make_table(comparisons)
+        rows = sorted((row for row in table["rows"] if row["cell"]), key=lambda row: bool(row["method"] != DENSE))
+        winner = smallest_file(table) if compare.keep_best else None
+        is_timed = not compare.measure or {row["cell"] for row in rows} <= models.speeds().keys()
+        needed = ([] if is_timed else rows) + ([winner] if winner else [])
+        gone = [cell for cell in {row["cell"].partition("+")[0]: None for row in needed} if not models.has(cell)]
+        if not gone:
+            break
+        log.info("trained again, as their weights are not kept: %s", ", ".join(gone))
+        for name in gone:
+            comparison, cell = of_cell[name]
+            comparison.run_again(cell)
+
+    def context_of(name: str) -> RunContext:
+        comparison, cell = of_cell[name]
+        return comparison.new_runner().cell_context(cell)
+
+    if winner:
+        try:
+            models.keep(winner, context_of)
+        except PrunetuneError as error:
+            log.warning("best/: %s", error)
+    if not is_timed:
+        models.measure(list({row["cell"]: row for row in rows}.values()), context_of)
+    shutil.rmtree(models.path / "models", ignore_errors=True)
+
+
+def _make_table(comparisons: Sequence[_Comparison]) -> JsonObject:
+    """The table of all cells that have a file."""
+    cells = [cell for comparison in comparisons for cell in comparison.cells()]
+    rates = {name: rate for comparison in comparisons for name, rate in comparison.rates().items()}
+    store, config = comparisons[0].store, comparisons[0].context.config
+    return aggregate(with_comparable_losses(store.load_all(cells)), rates, config)
+
+
+def _write_results(comparisons: Sequence[_Comparison]) -> Path:
     """Write comparison.json, table.md and comparison.html from the cells' files; returns the folder."""
-    path = context.folder.path
-    comparison = aggregate(with_comparable_losses(CellStore(path).load_all(cells)), rates, context.config)
+    path = comparisons[0].context.folder.path
+    comparison = KeptModels(path).add_to(_make_table(comparisons))
     write_text(path / "comparison.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
     write_text(path / "table.md", render_markdown(comparison))
     write_page(path)
@@ -129,24 +206,42 @@ class _Comparison:
     store: CellStore
     commit: str = field(default_factory=environment.installed_commit)
 
-    def run(self) -> tuple[list[Cell], dict[str, float]]:
-        """Run all cells; returns those that belong in the table, and each method's learning rate."""
+    def run(self) -> None:
+        """Run all cells that are not done."""
         dense = [method for method in self.methods if method.is_dense and not method.equal_help]
         others = [method for method in self.methods if method not in dense]
-        rate = self.context.config.train.learning_rate
-        runner = CellRunner(self.context, rate if rate in self.grid.learning_rates else self.grid.learning_rates[0])
+        runner = self.new_runner()
         jobs = concurrent_jobs(self.context)
         # Every evaluation sets and resets the process's choice of attention kernels: here, to what it is already.
         with sdpa_kernel(SDPA_BACKENDS):
             self._run_missing_cells(runner, self._trials(dense), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, self._cells(dense), jobs=jobs)
-            rate = next((self._rate(method) for method in dense if method.name == DENSE), runner.dense_learning_rate)
+            rate = self.new_runner().dense_learning_rate
             runner.select_teachers(rate, is_needed=any(self._has_dense_teacher(method) for method in others))
             self._run_missing_cells(runner, self._trials(others), jobs=jobs, needs_valid_nll=True)
             by_seed = sorted(self._cells(others), key=lambda cell: self.grid.seeds.index(cell.seed))
             self._run_missing_cells(runner, by_seed, jobs=jobs)  # an interrupted comparison has whole seeds
-        cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
-        return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
+
+    def cells(self) -> list[Cell]:
+        """The cells that belong in the table, once all trials of learning rates are done."""
+        return list({cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}.values())
+
+    def rates(self) -> dict[str, float]:
+        """Each method's learning rate."""
+        return {method.name: self._rate(method) for method in self.methods}
+
+    def new_runner(self) -> CellRunner:
+        """A runner whose teacher is tuned with the rate of the dense method, as far as that is chosen."""
+        rate = self.context.config.train.learning_rate
+        rate = rate if rate in self.grid.learning_rates else self.grid.learning_rates[0]
+        rate = next((self._rate(method) for method in self.methods if method.name == DENSE), rate)
+        return CellRunner(self.context, rate)
+
+    def run_again(self, cell: Cell) -> None:
+        """Train and score a cell once more, alone, and keep its model."""
+        runner, trials = self.new_runner(), {trial.name for trial in self._trials([cell.method])}
+        runner.load_model(concurrent=False)
+        self._run_cell(runner, cell, needs_valid_nll=cell.name in trials, keeps_model=True)
 
     def _has_dense_teacher(self, method: Method) -> bool:
         config = resolve_auto(apply_overrides(self.context.config, method.overrides), self.context.sites)
@@ -200,14 +295,17 @@ class _Comparison:
         teacher_rate = (self.store.load(cell) or {}).get("teacher_rate", runner.dense_learning_rate)
         return self.store.is_done(cell, needs_valid_nll=needs_valid_nll) and teacher_rate == runner.dense_learning_rate
 
-    def _run_cell(self, runner: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
+    def _run_cell(self, runner: CellRunner, cell: Cell, needs_valid_nll: bool, *, keeps_model: bool = False) -> bool:
         """Run a cell and save its result or its error; returns whether it ran out of memory.
 
         Raises the error of a broken GPU: no cell is to blame for it.
         """
-        out_of_memory, redaction = False, self.context.config.report.redaction
+        out_of_memory, config = False, self.context.config
+        redaction, compare = config.report.redaction, config.compare
+        keeps_model |= (compare.keep_best or compare.measure) and cell.seed == self.grid.seeds[0]
         try:
-            result = runner.run_cell(cell, needs_valid_nll=needs_valid_nll)
+            keep_in = KeptModels(self.store.folder) if keeps_model else None
+            result = runner.run_cell(cell, needs_valid_nll=needs_valid_nll, keep_in=keep_in)
         except Interrupted:
             return False
         except Exception as error:

@@ -21,7 +21,7 @@ FORMAT = "prunetune-comparison-1"
 COST_KEYS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
 # The values of a row whose cells all failed.
 EMPTY_ROW: JsonObject = {
-    "kept": None, "bytes": None, "scores": {}, "gap": None, "acc_of_dense": None, "help": None,
+    "cell": None, "kept": None, "bytes": None, "scores": {}, "gap": None, "acc_of_dense": None, "help": None,
     **dict.fromkeys(COST_KEYS), "cost_seconds": None, "crowded": False,
 }  # fmt: skip
 
@@ -118,6 +118,7 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
         "model": config.model,
         "split": config.compare.split,
         "reference": reference,
+        "within": config.compare.within,
         "keeps": keeps,
         **_columns(cells, rows),
         "made": _made(cells),
@@ -149,26 +150,35 @@ def _made(cells: Sequence[JsonObject]) -> JsonObject:
 
 def _as_stored(cell: JsonObject) -> list[JsonObject]:
     """The cell once more for each format that its model was scored in, as a method of its own: "progressive+q4_k_m"."""
-    formats = cell.get("formats", {})
-    return [{**cell, **scores, "method": f"{cell['method']}+{name}", "formats": {}} for name, scores in formats.items()]
+    return [
+        {**cell, **scores, "method": f"{cell['method']}+{name}", "cell": f"{cell['cell']}+{name}", "formats": {}}
+        for name, scores in cell.get("formats", {}).items()
+    ]
 
 
-def smallest_file(comparison: JsonObject, within: float = 0.02) -> JsonObject | None:
-    """The row of the smallest weights whose mean loss is at most so much above the dense tuned model's; or None.
+def smallest_file(comparison: JsonObject) -> JsonObject | None:
+    """The row of the smallest weights that are about as good as the dense tuned model; None without that."""
+    return min(
+        as_good_as_dense(comparison), key=lambda row: (row["bytes"], row["scores"]["nll"]["value"]), default=None
+    )
+
+
+def as_good_as_dense(comparison: JsonObject) -> list[JsonObject]:
+    """The rows whose mean loss is at most `compare.within` above the dense tuned model's.
 
     Differences within one standard error of the items count as none.
     """
     dense = next((row for row in comparison["rows"] if row["method"] == DENSE and row["scores"].get("nll")), None)
     if dense is None:
-        return None
+        return []
     loss, candidates = dense["scores"]["nll"]["value"], []
     for row in comparison["rows"]:
         score = row["scores"].get("nll", {})
         if row.get("bytes") and score.get("value") is not None:
             error = score.get("dense_se") or 0.0
-            if score["value"] - error <= loss * (1 + within):
+            if score["value"] - error <= loss * (1 + comparison["within"]):
                 candidates.append(row)
-    return min(candidates, key=lambda row: (row["bytes"], row["scores"]["nll"]["value"]), default=None)
+    return candidates
 
 
 def _learning_rate_trials(cells: Sequence[JsonObject], learning_rates: Mapping[str, float]) -> list[JsonObject]:
@@ -244,6 +254,7 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
             if metric == "nll" and dense and method != DENSE:
                 scores[metric]["dense_se"] = mean_difference(group, dense, metric).get("difference_se")
     return {
+        "cell": first["cell"],
         "kept": mean([cell["kept"] for cell in group.cells]),
         "bytes": finite_or_none(mean([cell["bytes"] for cell in group.cells if "bytes" in cell])),
         "scores": scores,

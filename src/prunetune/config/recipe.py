@@ -241,7 +241,7 @@ class RequireConfig:
         return bool(self.smaller or self.faster)
 
 
-GgufFormat = Literal["q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0"]
+StoredFormat = Literal["q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,11 +306,22 @@ class CompareConfig:
         entry_name="model",
         is_path=True,
     )
-    formats: tuple[GgufFormat, ...] = option(
+    formats: tuple[StoredFormat, ...] = option(
         (),
-        "Types of a .gguf file, such as q8_0 or q4_k_m: dense and progressive models are also scored with the weights "
-        "that such a file would hold, as rows of their own.",
+        "Types of a .gguf file, such as q8_0 or q4_k_m, or int8 and int4 of `export --quantize`: dense and progressive "
+        "models are also scored with the weights that such a file would hold, as rows of their own.",
         entry_name="name",
+    )
+    keep_best: bool = option(
+        False,
+        "Keep the model of the smallest weights within compare.within of the dense tuned model's loss, as the run "
+        "folder best/, and its file if it is in a format; also `prunetune compare RECIPE --keep-best`.",
+    )
+    within: float = option(0.02, "How much above the dense tuned model's loss, as a share, is as good.", ge=0)
+    measure: bool = option(
+        False,
+        "At the end, time all models of the table in turns, one prompt at a time (require.prompt, require.generate, "
+        "require.runs). They are all written to disk and opened at once, so leave it off for large grids.",
     )
     jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
 

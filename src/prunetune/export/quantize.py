@@ -8,6 +8,7 @@ Embeddings and the head are not quantised. The error against the unquantised mod
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from prunetune.export.result import ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
 from prunetune.export.source import ExportSource
 from prunetune.model.per_layer_code import build_meta_model
+from prunetune.pruning.linears import ROWS
+from prunetune.pruning.nf4 import round_to_nf4
 from prunetune.utils.optional import require_installed
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class QuantizationScheme:
     max_error: float  # largest relative error of logits (root mean square) that is accepted
     # Modules that are not quantised, dtype of the arithmetic -> transformers' configuration.
     make_config: Callable[[list[str], Any], Any]
+    round_weight: Callable[[nn.Linear], tuple[Tensor, int]]  # its values once stored, [out, in], and their bytes
 
 
 def _int8(skipped: list[str], _: Any) -> Any:
@@ -56,9 +60,24 @@ def _nf4(skipped: list[str], dtype: Any) -> Any:
     )
 
 
+def _round_to_int8(linear: nn.Linear) -> tuple[Tensor, int]:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    stored: Any = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    stored.weight = linear.weight
+    quantize_(stored, Int8WeightOnlyConfig(version=2))
+    return stored.weight.dequantize(), linear.weight.numel() + 4 * linear.out_features
+
+
+def _round_to_nf4(linear: nn.Linear) -> tuple[Tensor, int]:
+    weight = linear.weight
+    values = round_to_nf4(linear, weight, cut_axis=ROWS, dtype=weight.dtype, device=weight.device)
+    return values, weight.numel() * 9 // 16
+
+
 SCHEMES: Mapping[str, QuantizationScheme] = {
-    "int8": QuantizationScheme("torchao", 8, 1, 0.05, _int8),
-    "int4": QuantizationScheme("bitsandbytes", 4.5, 64, 0.4, _nf4),
+    "int8": QuantizationScheme("torchao", 8, 1, 0.05, _int8, _round_to_int8),
+    "int4": QuantizationScheme("bitsandbytes", 4.5, 64, 0.4, _nf4, _round_to_nf4),
 }
 
 
@@ -83,12 +102,38 @@ class QuantizableLinears:
 
 def find_quantizable(source: ExportSource, scheme: QuantizationScheme) -> QuantizableLinears:
     """Sort the linears by their stored shapes; no weight is read."""
-    model = build_meta_model(source.config)
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    names = _linears_but_head(build_meta_model(source.config))
     widths = {name: source.shape(f"{name}.weight")[1] for name in names if f"{name}.weight" in source.tensor_files}
     skipped = {name: width for name, width in widths.items() if width % scheme.block_size}
     return QuantizableLinears(tuple(name for name in widths if name not in skipped), skipped)
+
+
+def _linears_but_head(model: Any) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+@torch.no_grad()
+def rounded_as_quantized(model: Any, kind: str) -> tuple[Any, int]:
+    """A copy whose linears hold the values that an export quantised to `kind` would, and the bytes of its tensors.
+
+    The arithmetic is that of ordinary linears, so its scores are the export's but for the order of rounding.
+    """
+    scheme, rounded = SCHEMES[kind], copy.deepcopy(model)
+    size = sum(weight.nbytes for weight in rounded.parameters())
+    for linear in _linears_but_head(rounded).values():
+        if linear.in_features % scheme.block_size == 0:
+            values, stored_bytes = scheme.round_weight(linear)
+            size += stored_bytes - linear.weight.nbytes
+            linear.weight.copy_(values)
+    return rounded, size
+
+
+def require_scheme(kind: str) -> None:
+    """Raises `MissingPackage` where the package that quantises to `kind` is not installed."""
+    require_installed(SCHEMES[kind].package, extra="quant", use=kind)
 
 
 def export_quantized(source: ExportSource, path: Path, kind: str) -> ExportResult:
@@ -103,7 +148,7 @@ def export_quantized(source: ExportSource, path: Path, kind: str) -> ExportResul
         raise ModelError(f"{source.folder}: no linear can be quantised to {kind}: {skipped_note}")
     if skipped_note:
         log.warning("%s: %s", kind, skipped_note)
-    require_installed(scheme.package, extra="quant", use=kind)
+    require_scheme(kind)
     expected = compute_logits(source.load_model(), source.probe_tokens())
     rounding_error = 0.0
     if source.dtype != torch.float32:  # torchao's tensors compute in the dtype that they are stored in

@@ -206,7 +206,8 @@ def load_model_and_tokenizer(
     for weight_name, weight in model.named_parameters():
         if is_dequantised and weight.is_floating_point():  # to bfloat16, whatever dtype is asked for
             weight.data = weight.data.to(dtype)
-        if weight.dtype in DTYPES.values() and not weight.isfinite().all():
+        is_plain = type(weight.data) is torch.Tensor  # torchao's tensors do not know `isfinite`
+        if is_plain and weight.dtype in DTYPES.values() and not weight.isfinite().all():
             raise ModelError(f"model {name}: {weight_name} holds NaN or infinite values; fetch it again")
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return LoadedModel(model, tokenizer, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
@@ -260,7 +261,8 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
             "them with transformers where you trust them, and write them anew by save_pretrained(FOLDER)"
         )
     with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
-        if not stored_dtypes:
+        quantization = getattr(config, "quantization_config", None) or {}
+        if not stored_dtypes or dict(quantization).get("quant_method") == "bitsandbytes":  # whose shapes are packed
             with torch.device("meta"):
                 return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         with quiet_transformers():  # what does not fit is refused here, in one line

@@ -24,6 +24,7 @@ from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.recording import record_timing
+from prunetune.plan import Plan
 from prunetune.pruning.cut import add_adapter, cut
 from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.masking import masked
@@ -63,7 +64,7 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     state = Checkpoints(context.folder.checkpoints).latest()
     assert state is not None
     assert state.plan is not None
-    tokens = _check_tokens(context)
+    tokens = check_tokens(context)
     # The weights of a large model may not fit into memory; adapters alone were tuned, unless the recipe says otherwise.
     is_large = prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
     streamer = _open_streamed(context, state) if streamed or is_large else None
@@ -83,29 +84,39 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
         compared = compare_with_merged(base, state.plan, context, tokens, pruned.expected_logits)
         del base  # its memory is free before the written model is opened
         context.folder.update_manifest(quantised=QuantisedFacts(**compared))
-    write_text(context.folder.plan_file, state.plan.to_json())
+    write_and_check(context, pruned, state.plan, tokens, streamed=streamer is not None)
+
+
+def write_and_check(
+    context: RunContext, pruned: CutModel, plan: Plan, tokens: Tensor, *, streamed: bool = False
+) -> None:
+    """Write a model, cut by the plan, to the run's `model/`, with its plan and manifest, once it has passed its check.
+
+    Raises `ModelError` before a file is written if a stock class has no place for it, `SelfCheckFailed`.
+    """
+    write_text(context.folder.plan_file, plan.to_json())
     unchecked = context.folder.path / "model.unchecked"
     has_chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
     written = write_checkpoint(
         pruned.model,
         context.tokenizer,
-        state.plan,
+        plan,
         context.sites,
         unchecked,
         layout=context.config.layout,
-        card=render_card(context.folder, context.reported_config, state.plan, context.sites),
+        card=render_card(context.folder, context.reported_config, plan, context.sites),
         shards=pruned.shards,
         processor_files=processor_files(context.config.model),
-        history=pruning_history(context.folder, context.reported_config, state.plan, context.sites),
+        history=pruning_history(context.folder, context.reported_config, plan, context.sites),
         end_token=chat_stop_id(context.tokenizer) if has_chats else None,
     )
-    selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamer is not None)
+    selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamed)
     context.folder.update_manifest(
         model=replace(context.folder.read_manifest().model, bytes=context.dense_params * pruned.storage_dtype.itemsize),
         pruned=PrunedModelFacts(
             **asdict(written) | {"folder": "model"},
             class_name=written.architecture,
-            decoder_params=kept_params(context.sites, state.plan) + context.unprunable_block_params,
+            decoder_params=kept_params(context.sites, plan) + context.unprunable_block_params,
             dtype=str(pruned.storage_dtype).removeprefix("torch."),
         ),
         selfcheck=SelfCheckFacts(**selfcheck.to_dict()),
@@ -170,7 +181,7 @@ def _open_streamed(context: RunContext, state: TrainingState) -> StreamedModel |
     return StreamedModel(model, stored, _weight_merger(model, context, state))
 
 
-def _check_tokens(context: RunContext) -> Tensor:
+def check_tokens(context: RunContext) -> Tensor:
     """[B, T] ids of real examples, at most 4 of 64 tokens, cut to equal length."""
     examples = context.encoded["test"].examples[:4]
     length = min(64, *(len(example.token_ids) for example in examples))  # a run without any was refused
