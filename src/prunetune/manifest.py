@@ -160,6 +160,9 @@ class DenseModelFacts(ManifestPart):
     decoder_params: int | None  # of the decoder's blocks
     identity: Mapping[str, str]  # SHA-256 of each of its files by name; of a hub model {"commit": its commit}
     bytes: int | None = None  # of weights, in the type in which the pruned model is written
+    tokens: int | None = None  # rows of its embedding; this and the next two only where `budget.vocab` prunes them
+    kept_tokens: int | None = None
+    reduced_params: int | None = None  # with the kept tokens only, as units are pruned from and "dense" scores are of
 
 
 @dataclass(frozen=True, kw_only=True)

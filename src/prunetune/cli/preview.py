@@ -147,6 +147,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     from prunetune.pipeline.prepare import disk_bytes_needed, prepare
     from prunetune.pipeline.time_estimate import describe_time
     from prunetune.pruning.units import kept_params
+    from prunetune.pruning.vocabulary import prune_model
     from prunetune.runs.trackers import require_trackers
     from prunetune.search.feasibility import uniform_scores
     from prunetune.search.select import select
@@ -164,7 +165,18 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     dense_params = context.dense_params
     pruned_params = dense_params - sum(site.params for site in context.sites) + kept_params(context.sites, plan)
     meta_model = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
+    kept = context.vocabulary
+    if kept is not None:
+        prune_model(meta_model, kept)
     lines = [
+        *(
+            [
+                f"vocabulary: {kept.rows:,} of {kept.original_rows:,} tokens stay, {dense_params / 1e6:,.1f} of "
+                f"{kept.original_params / 1e6:,.1f} M parameters"
+            ]
+            if kept
+            else []
+        ),
         f"{config.model}: {dense_params / 1e6:,.1f} M parameters -> {pruned_params / 1e6:,.1f} M with an even plan of "
         f"layout {config.layout}",
         *(budget_usage_lines(constraints.limits, plan) if constraints.limits else ()),

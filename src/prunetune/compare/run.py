@@ -72,6 +72,11 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     methods = resolve_methods(config)
     if config.budget.quality:
         raise ConfigError("budget.quality is found by a run, and a comparison fixes sizes: name them in compare.keeps")
+    if config.budget.vocab != "off":
+        raise ConfigError(
+            "budget.vocab: all methods of a comparison prune one model with one vocabulary: leave it out, or name the "
+            "base/ folder of a run with budget.vocab as model"
+        )
     if config.compare.keeps and config.budget.amounts():
         raise ConfigError(
             "compare.keeps are shares of parameters, and budget names another amount: leave one of the two out"

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prunetune.errors import ConfigError
 from prunetune.utils.untrusted import short_repr
@@ -71,6 +72,21 @@ def _parse_unit(unit: str, kind: str) -> tuple[float, bool] | None:
         return (0.01 if unit == "%" else 1.0), True
     factor = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower())
     return None if factor is None else (factor, False)
+
+
+def parse_vocab_size(value: Any, name: str) -> str:
+    """Read `budget.vocab`: off, auto, a number of tokens (32000), or a share of them (0.25); raises `ConfigError`."""
+    text = "off" if value is False else str(value).strip().lower()  # YAML reads a bare off as false
+    if text in ("off", "auto"):
+        return text
+    match = re.fullmatch(rf"({NUMBER}|\.\d+)(%?)", text)
+    size = float(match[1]) * (0.01 if match[2] else 1.0) if match else math.nan
+    if not 0 < size < 1e9 or (size > 1 and size != int(size)):
+        raise ConfigError(
+            f"{name} must be off, auto, a number of tokens such as 32000, or a share of them such as 0.25 or 25%, got "
+            f"{short_repr(value)}"
+        )
+    return f"{size:.10g}"
 
 
 def format_amount(value: float, kind: str, digits: int = 4) -> str:

@@ -18,7 +18,7 @@ from prunetune.config.fields import (
     section,
     with_current_names,
 )
-from prunetune.config.quantities import Amount
+from prunetune.config.quantities import Amount, parse_vocab_size
 from prunetune.config.recipe_paths import start_from_recipe
 from prunetune.config.score_limits import normalize_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
@@ -89,6 +89,14 @@ class BudgetConfig:
     )
     throughput: str = option(
         "", "Fewest generated tokens per second over all requests: 1.3x or 300/s.", accepts_number=True
+    )
+    vocab: str = option(
+        "off",
+        "How much of the vocabulary to keep; embedding and head lose the other rows, which are most of a small "
+        "model with a large vocabulary. auto: all tokens that the data uses, and the quarter that the tokenizer learnt "
+        "first; 32000: so many; 0.25: such a share; off: all. Any text can still be encoded.",
+        parse=parse_vocab_size,
+        accepts_number=True,
     )
     table: str = option(
         "", "File with this device's latency table; default: the cache, measured if missing.", is_path=True

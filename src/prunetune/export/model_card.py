@@ -119,10 +119,17 @@ def _summary(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     cuts = provenance.manifest.cuts
     steps = ", ".join(f"{cut.step}" for cut in cuts)
     within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {steps} of {provenance.config.train.steps})"
-    base = markdown_code(provenance.config.model)
+    base, dense = markdown_code(provenance.config.model), provenance.manifest.model
+    vocabulary = ""
+    if dense.tokens and dense.kept_tokens:
+        vocabulary = (
+            f"{dense.kept_tokens:,} of {dense.tokens:,} tokens remain. Scores of the dense model are with these "
+            "tokens, too, and sizes with all;\n"
+        )
     return (
         f"Made by prunetune from {base}: tuned and pruned in one run{within if cuts else ''}.\n"
         f"{100 * share:.1f}% of the {blocks} parameters remain (layout {provenance.config.layout});\n"
+        f"{vocabulary}"
         "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
     )
 

@@ -20,6 +20,7 @@ from prunetune.model.config_checks import auto_class, check_config_values
 from prunetune.model.per_layer_classes import register_folder
 from prunetune.model.per_layer_code import build_meta_model, write_code
 from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
+from prunetune.model.reduced_vocabulary import reduced_model_of
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.plan import Plan
 from prunetune.pruning.families import head_counts
@@ -38,7 +39,7 @@ class ExportSource:
 
     folder: Path  # config.json, *.safetensors, the tokenizer
     run: Path | None  # the run folder that holds it
-    base: str  # the base model in the run's recipe; "" if unknown
+    base: str  # the base model in the run's recipe, or with the tokens that the run keeps; "" if unknown
     trust_remote_code: bool = False  # for a tokenizer with code of its own
 
     @classmethod
@@ -57,7 +58,8 @@ class ExportSource:
                     f"{path}: the run is not finished (no model/): continue it with `prunetune run --resume`"
                 )
             values = read_yaml(recipe, "this run's recipe", "put it back, or name another run") or {}
-            source = cls(path / "model", path, str(values.get("model", "")), trust_remote_code)
+            base = str(reduced_model_of(path) or values.get("model", ""))
+            source = cls(path / "model", path, base, trust_remote_code)
         elif (path / "config.json").is_file():
             source = cls(path, None, "", trust_remote_code)
         else:

@@ -31,5 +31,7 @@ def fetch_revision(name: str) -> Path:
     next_step = f"correct name and revision, or fetch it first: hf download {repository} --revision {revision}"
     with reading_model_files(f"model {name}: not to be had from the hub", next_step):
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(FILES), ignore_patterns=["*/*"]
+            )
         )

@@ -34,7 +34,8 @@ def render_card(folder: RunFolder, config: RunConfig, plan: Plan, sites: Sequenc
 
 def pruning_history(folder: RunFolder, config: RunConfig, plan: Plan, sites: Sequence[Site]) -> tuple[PruningRun, ...]:
     """The runs that made the model, this one last."""
-    recipe, dense_params = folder.path / "config.yaml", folder.read_manifest().model.params or 0
+    recipe, dense = folder.path / "config.yaml", folder.read_manifest().model
+    dense_params = dense.reduced_params or dense.params or 0
     run = PruningRun(
         model=config.model,
         layout="per-layer" if has_per_layer_config(config.model) else effective_layout(config.layout, sites),

@@ -112,7 +112,9 @@ def write_and_check(
     )
     selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamed)
     context.folder.update_manifest(
-        model=replace(context.folder.read_manifest().model, bytes=context.dense_params * pruned.storage_dtype.itemsize),
+        model=replace(
+            context.folder.read_manifest().model, bytes=context.original_params * pruned.storage_dtype.itemsize
+        ),
         pruned=PrunedModelFacts(
             **asdict(written) | {"folder": "model"},
             class_name=written.architecture,

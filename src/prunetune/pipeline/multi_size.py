@@ -73,6 +73,7 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
         with run_lifecycle(context, command):
             folders = tuple(str(size.folder.path.relative_to(context.folder.path)) for size in sizes)
             record_origin(context, command, sizes=folders)
+            context.write_reduced_model()
             stopped = SizeTraining(context, sizes, command).train()
             tuned = [size for size in sizes if size.is_tuned]
             _finish_and_evaluate(context, tuned, command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -34,11 +35,20 @@ from prunetune.model.loading import (
     pick_device,
     pick_dtype,
 )
+from prunetune.model.reduced_vocabulary import (
+    choose_vocabulary,
+    read_vocabulary,
+    reduce_tokenizer,
+    reduced_folder,
+    reduced_model_of,
+    write_reduced_model,
+)
 from prunetune.pipeline.plan_constraints import apply_budgets, make_plan_constraints
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules, unprunable_params
 from prunetune.pruning.units import Site
+from prunetune.pruning.vocabulary import KeptVocabulary, prune_model
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
@@ -69,7 +79,9 @@ class RunContext:
     """All that is decided before training: nothing in it changes afterwards."""
 
     recipe: RunConfig  # as asked: what is written and compared on resume
-    config: RunConfig  # as decided: no "auto" that depends on the model, and `budget.keep` as all budgets allow
+    # As decided: no "auto" that depends on the model, and `budget.keep` as all budgets allow. Its model is the reduced
+    # one in the run folder, if `budget.vocab` prunes tokens.
+    config: RunConfig
     folder: RunFolder
     device: torch.device
     dtype: torch.dtype
@@ -82,12 +94,31 @@ class RunContext:
     dense_params: int
     unprunable_block_params: int  # of decoder layers, in kinds of block that are kept whole
     ranks: Ranks = SINGLE_PROCESS
-    base: ModelIdentity | None = None  # of the dense model; on other ranks than 0, which write nothing, None
+    base: ModelIdentity | None = None  # of the recipe's model; on other ranks than 0, which write nothing, None
+    vocabulary: KeptVocabulary | None = None  # if `budget.vocab` prunes tokens
 
     @property
     def reported_config(self) -> RunConfig:
         """The recipe with the decided budget: for the model card, trackers and the history."""
         return replace(self.recipe, budget=self.config.budget)
+
+    @property
+    def original_params(self) -> int:
+        """Parameters of the recipe's model, with all of its tokens."""
+        return self.vocabulary.original_params if self.vocabulary else self.dense_params
+
+    def write_reduced_model(self) -> None:
+        """Write the dense model with the kept tokens to the run folder, if `budget.vocab` prunes any; rank 0 only.
+
+        All that loads the dense model afterwards loads this one. Skipped where it is written.
+        """
+        if self.vocabulary is None or reduced_model_of(self.folder.path):
+            return
+        self.console.stage("prune the vocabulary", 0)
+        trust = self.config.trust_remote_code
+        write_reduced_model(
+            self.recipe.model, self.vocabulary, reduced_folder(self.folder.path), trust_remote_code=trust
+        )
 
     def load_dense(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoadedModel:
         """Load the dense model again."""
@@ -144,14 +175,22 @@ def prepare(
     base = ModelIdentity(config.model) if ranks.is_main else None
     if resume:
         _raise_if_not_resumable(folder, splits, base)
+    recipe, vocabulary, tokenizer = config, None, None
+    if config.budget.vocab != "off":
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        with redaction.errors():
+            vocabulary = _kept_vocabulary(config, folder, splits, meta_model, tokenizer)
+        tokenizer = reduce_tokenizer(config.model, tokenizer, vocabulary)
+        prune_model(meta_model, vocabulary)
+        config = replace(config, model=str(reduced_folder(folder.path)))
     sites = find_sites(meta_model, config.budget.units)
     constraints = make_plan_constraints(config, sites, meta_model.config)
-    recipe = config
     begun = folder if resume else None
     config, constraints = apply_budgets(resolve_auto(config, sites), sites, constraints, meta_model, device, begun)
     for keep in config.budget.keeps:  # raises `PlanError` for a budget that no plan meets
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, constraints)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if vocabulary is None:
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     with redaction.errors():
         encoded = _encode_splits(splits, tokenizer, meta_model, config)
     if config.train.epochs:
@@ -180,7 +219,7 @@ def prepare(
     if ranks.uses_fsdp and config.lora.quantize != "off":
         raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
     require_disk_space(folder.path, sum(disk_bytes_needed(meta_model, sites, config)))
-    log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
+    log.info("model %s on %s in %s, layout %s", recipe.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":
         longest = max((len(example.token_ids) for split in encoded.values() for example in split.examples), default=1)
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory
@@ -201,6 +240,7 @@ def prepare(
         unprunable_block_params=unprunable_params(meta_model, config.budget.units),
         ranks=ranks,
         base=base,
+        vocabulary=vocabulary,
     )
 
 
@@ -216,6 +256,26 @@ def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
         distill = replace(distill, teacher="base" if large else "dense")
     distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
     return replace(config, distill=distill, train=train)
+
+
+def _kept_vocabulary(
+    config: RunConfig, folder: RunFolder, splits: Splits, meta_model: Any, tokenizer: Any
+) -> KeptVocabulary:
+    """The tokens that `budget.vocab` keeps: chosen by train, search and texts, or as a resumed run has written."""
+    if (written := reduced_model_of(folder.path)) is not None:
+        return read_vocabulary(written)
+    encoded = _encode_splits(splits, tokenizer, meta_model, config)
+    examples = [
+        example for name in ("train", "search", "texts") if name in encoded for example in encoded[name].examples
+    ]
+    counts = Counter(token for example in examples for token in example.token_ids)
+    vocabulary = choose_vocabulary(config.model, meta_model, tokenizer, config.budget.vocab, counts)
+    log.info(
+        "vocabulary: %d of %d tokens stay; %.1f%% of the tokens of the data are among them",
+        vocabulary.rows, vocabulary.original_rows,
+        100 * sum(counts[token] for token in vocabulary.kept) / max(1, counts.total()),
+    )  # fmt: skip
+    return vocabulary
 
 
 def _encode_splits(
@@ -329,11 +389,13 @@ def disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConfi
     # Two of the run, two of the dense tuned model, one in writing; more to go back to.
     states = 8 if config.limits or config.budget.quality or config.train.keep_best else 5
     sizes = len(config.budget.keeps)
-    return sizes * states * 12 * adapter, sizes * 4 * weights + 64 * 2**20
+    models = sizes + (config.budget.vocab != "off")  # the dense model with fewer tokens is written, too
+    return sizes * states * 12 * adapter, models * 4 * weights + 64 * 2**20
 
 
 def data_and_model_facts(context: RunContext) -> dict[str, Any]:
     """Facts about data and dense model, for the manifest."""
+    kept = context.vocabulary
     return {
         "data": DataFacts(
             hashes=context.splits.hashes,
@@ -343,9 +405,12 @@ def data_and_model_facts(context: RunContext) -> dict[str, Any]:
         ),
         "model": replace(
             context.folder.read_manifest().model,  # a resumed run knows the bytes, too
-            name=context.config.model,
+            name=context.recipe.model,
             identity=context.base.digests if context.base else {},
-            params=context.dense_params,
+            params=context.original_params,
             decoder_params=prunable_params(context.sites) + context.unprunable_block_params,
+            tokens=kept.original_rows if kept else None,
+            kept_tokens=kept.rows if kept else None,
+            reduced_params=context.dense_params if kept else None,
         ),
     }

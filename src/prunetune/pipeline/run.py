@@ -47,6 +47,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         create_run_folder(context.folder, context.recipe)
         with ranks.barrier_before_failing(), run_lifecycle(context, command):
             record_origin(context, command)
+            context.write_reduced_model()
             train(context, monitor)
             context = release_other_ranks(context)
             finish(context, streamed=ranks.uses_fsdp)

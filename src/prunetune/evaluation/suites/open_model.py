@@ -29,6 +29,7 @@ from prunetune.model.loading import (
     pick_dtype,
     resolve_model_path,
 )
+from prunetune.model.reduced_vocabulary import reduced_model_of
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
@@ -113,7 +114,7 @@ def dense_model_of_run(name: str) -> str:
         raise ModelError(
             f"{public_url(name)} is no run folder, which would know its dense model; name the reference with --against"
         )
-    return resolve_model_path(run.model)
+    return resolve_model_path(str(reduced_model_of(expand_path(name)) or run.model))
 
 
 def read_run_config(path: Path) -> RunConfig | None:
