@@ -52,6 +52,7 @@ OWN_WORDS: dict[str, Any] = {
     "limits": ["valid.nll <= 2 -> stop", "valid.accuracy >= 0.9x -> roll-back"],
     "report_to": ["wandb", "mlflow"],
     "budget.flops": "60%",
+    "budget.vocab": "auto",
     "budget.memory": "1.5GB",
     "budget.file": "800MB",
     "budget.latency": "25ms",

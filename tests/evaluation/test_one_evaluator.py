@@ -31,7 +31,7 @@ METRICS = {
     "choice": {"accuracy", "macro_f1", "nll"},
     "written": {"rouge_l", "exact_match", "nll"},
     "chat": {"rouge_l", "exact_match", "nll"},
-    "prose": {"perplexity"},
+    "prose": {"perplexity", "bits_per_byte"},
 }
 
 

@@ -37,7 +37,7 @@ def test_each_kind_gets_its_scores() -> None:
     assert set(tasks) == {"organ", "open", "prose"}
     assert set(tasks["organ"].scores) == {"accuracy", "macro_f1", "nll"}
     assert set(tasks["open"].scores) == {"rouge_l", "exact_match", "nll"}
-    assert set(tasks["prose"].scores) == {"perplexity"}
+    assert set(tasks["prose"].scores) == {"perplexity", "bits_per_byte"}
     assert all(score.n == 6 for result in tasks.values() for score in result.scores.values())
     assert all(len(result.items) == 6 for result in tasks.values())
 

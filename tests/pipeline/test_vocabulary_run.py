@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prunetune import export_run
 from prunetune.compare.run import compare
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, ModelError, RunFolderError
 from prunetune.evaluation.suites.open_model import dense_model_of_run, reference_of_run
+from prunetune.export.gguf import llamacpp
 from prunetune.export.source import ExportSource
 from prunetune.manifest import Manifest
 from prunetune.pipeline import prepare as prepare_module
@@ -185,3 +189,21 @@ def test_pruned_model_is_pruned_again_with_fewer_tokens(source: Path, finished: 
 def test_comparison_with_a_pruned_vocabulary_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget\.vocab: all methods of a comparison"):
         compare(config_of(source, tmp_path / "run"))
+
+
+def test_gguf_export_has_the_kept_tokens_and_opens_in_llama_cpp(finished: Path) -> None:
+    """Where the run began with a .gguf file, its tokenizer is not the model's any more, and is not copied."""
+    result = export_run(finished, "gguf")
+    assert "tokenizer keys made from tokenizer.json, pre-tokenizer gpt-2" in result.notes
+    assert [check.ran for check in result.checks] == [True, bool(llamacpp.runtime_version())]
+    tokens = gguf.GGUFReader(result.path).fields["tokenizer.ggml.tokens"]
+    assert len(tokens.data) == kept_of(finished).rows
+
+
+def test_report_has_both_numbers_of_tokens_and_bits_per_byte_of_texts(finished: Path) -> None:
+    kept, page = kept_of(finished), (finished / "report.html").read_text()
+    assert f"{kept.original_rows:,} → {kept.rows:,}".replace(",", "") in page.replace(",", "").replace("\u202f", "")
+    scores = json.loads((finished / "evaluation" / "pruned.json").read_text())["tasks"]["prose"]
+    nats = sum(item["scores"]["nll"] * item["scores"]["tokens"] for item in scores["items"])
+    size = sum(item["scores"]["bytes"] for item in scores["items"])
+    assert scores["scores"]["bits_per_byte"]["value"] == pytest.approx(nats / size / math.log(2))

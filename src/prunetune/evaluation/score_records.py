@@ -26,6 +26,7 @@ RUN_METRICS = {
     "macro_f1": "macro_f1",
     "nll": "nll",
     "perplexity": "perplexity",
+    "bits_per_byte": "bits_per_byte",
 }
 
 
@@ -47,7 +48,7 @@ def evaluate(
       records of the task have the same set of choices.
     - nll of every answer: nats per token after the prompt, without the end of text or turn (no server scores it).
     - perplexity of texts: every token is predicted once, the first from the start token and none after the last; a
-      text longer than the context is scored in windows.
+      text longer than the context is scored in windows. Bits per byte beside it, which do not depend on the tokenizer.
     - ROUGE-L and exact match of greedy answers, for the first `generate_limit` records without choices.
 
     Of `data` only the template counts: a prompt longer than the model's context loses its beginning, whatever
@@ -93,6 +94,7 @@ def _score(
         "macro_f1": with_choices if len(label_sets) > 1 and len(set(label_sets)) == 1 else [],
         "nll": answers,
         "perplexity": texts,
+        "bits_per_byte": texts,
     }
     task = Task(
         name,

@@ -72,6 +72,7 @@ def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
         _size_tile("All parameters", dense.params, pruned.params, formatting.short),
         _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
         _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
+        _size_tile("Vocabulary", dense.tokens, dense.kept_tokens, formatting.count),
         _speed_tile("Decode speed", manifest, "decode"),
         _speed_tile("Prefill speed", manifest, "prefill"),
         _selfcheck_tile(manifest.selfcheck),
