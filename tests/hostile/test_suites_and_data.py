@@ -21,6 +21,7 @@ from prunetune.evaluation.suites import evaluate_suite, load_suite
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend
 from prunetune.evaluation.suites.open_model import open_backend
 from prunetune.evaluation.suites.options import EvalOptions
+from prunetune.evaluation.suites.score_history import history_file, read_scores
 from prunetune.runs.history import list_runs
 from support.data import write_lines
 from support.hostile import Artefacts, Place, check_runs_nothing, load
@@ -208,12 +209,21 @@ def answers_that_are_pickles(place: Place) -> None:
 
 
 @artefact
-def history_with_triggers_and_views(place: Place) -> None:
-    with closing(sqlite3.connect(place.folder / "runs.sqlite")) as base, base:
-        base.execute("CREATE TABLE hidden (path TEXT)")
-        base.execute("CREATE VIEW runs AS SELECT path, load_extension('evil') AS status FROM hidden")
-        base.execute("INSERT INTO hidden VALUES ('x')")
-    list_runs(place.folder)
+def history_that_names_folders_of_others(place: Place) -> None:
+    hostile = place.folder / "runs" / "x"
+    hostile.mkdir(parents=True)
+    (hostile / "config.yaml").write_text(f"model: {place.tag}", encoding="utf-8")
+    (hostile / "manifest.json").write_bytes(place.pickled)
+    list_runs(place.folder / "runs")
+
+
+@artefact
+def scores_of_suites_that_are_a_pickle(place: Place) -> None:
+    suite = place.folder / "suite.yaml"
+    suite.write_text("tasks: {}", encoding="utf-8")
+    history_file().parent.mkdir(parents=True, exist_ok=True)
+    history_file().write_bytes(place.pickled + b"\n" + json.dumps({"suite": str(suite), "tasks": place.code}).encode())
+    read_scores(suite)
 
 
 @artefact

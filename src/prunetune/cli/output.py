@@ -10,7 +10,7 @@ from pathlib import Path
 from prunetune.evaluation.drift_results import drift_verdict
 from prunetune.evaluation.results import Evaluation, headline_metric, recovery
 from prunetune.manifest import BudgetFacts, LimitFacts, LimitsFacts, Manifest, ValidationFacts
-from prunetune.report.speed import interleaved_ratio, separate_ratio
+from prunetune.report.speed import speed_ratio
 from prunetune.report.summary import share_saved
 from prunetune.utils.tables import table_lines
 
@@ -39,14 +39,9 @@ def render_run(folder: Path) -> str:
 
 
 def _speed_lines(manifest: Manifest) -> list[str]:
-    """Speed and speed-up over the dense model: interleaved measurements, if the run made them, and separate ones."""
-    turns = {kind: interleaved_ratio(manifest, kind) for kind in ("throughput", "prefill", "decode")}
-    lines = [f"{f'{kind} in turns':<19} {times}" for kind, times in turns.items() if times]
-    for kind in ("prefill", "decode"):
-        if times := separate_ratio(manifest, kind):
-            before, after = (model.tokens_per_s(kind) for model in (manifest.speed.dense, manifest.speed.pruned))
-            lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  {times}")
-    return lines
+    """Speed-up over the dense model, both measured in turns."""
+    ratios = {kind: speed_ratio(manifest, kind) for kind in ("throughput", "prefill", "decode")}
+    return [f"{f'{kind} in turns':<19} {ratio}" for kind, ratio in ratios.items() if ratio]
 
 
 def _drift_lines(file: Path) -> list[str]:
@@ -91,7 +86,7 @@ def _render_sizes(folder: Path, manifest: Manifest) -> str:
         if own.pruned.params is None:
             rows.append((Path(size).name, "not made"))
             continue
-        speed = str(interleaved_ratio(own, "throughput") or "–")
+        speed = str(speed_ratio(own, "throughput") or "–")
         params = f"{own.pruned.params / 1e6:,.1f} M"
         scores = _format_mean_scores(folder / size / "evaluation" / "pruned.json")
         rows.append((Path(size).name, params, speed, scores, str(folder / size / "model")))

@@ -12,10 +12,13 @@ from typing import Any
 from prunetune.errors import LimitBroken
 from prunetune.manifest import EnvironmentFacts
 from prunetune.pipeline.prepare import RunContext, data_and_model_facts
-from prunetune.report import write_report
+from prunetune.report import formatting, write_report
+from prunetune.report.page import MODEL_NAMES
+from prunetune.report.run_folder import MODELS, read_run
+from prunetune.report.scores import metric_rows
 from prunetune.runs import history
 from prunetune.runs.folder import TUNING_STAGE, RunFolder, run_lock
-from prunetune.runs.trackers import Trackers, start_trackers
+from prunetune.runs.trackers import RunResult, Trackers, start_trackers
 from prunetune.train.job import Observer
 from prunetune.utils import environment
 from prunetune.utils.files import write_text
@@ -93,10 +96,13 @@ def record_origin(context: RunContext, command: str, **facts: Any) -> None:
 
 
 @contextmanager
-def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
-    """Lock the run folder for the block; whatever ends the block, the report and the history then show it."""
+def run_lifecycle(context: RunContext, command: str, *, is_final: bool = True) -> Iterator[None]:
+    """Lock the run folder for the block; whatever ends the block, the report and the history then show it.
+
+    The trackers get the scores and the report of a run that has them, unless another block follows (not `is_final`).
+    """
     folder, redaction = context.folder, context.config.report.redaction
-    with run_lock(folder), history.register_run(folder, context.reported_config, command), redaction.errors():
+    with run_lock(folder), history.record_status(folder), redaction.errors():
         try:
             yield
             folder.update_manifest(failed="")
@@ -105,6 +111,28 @@ def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
             raise
         finally:
             write_report(folder.path)
+            if is_final and context.config.report_to:
+                _send_result(context)
+
+
+def _send_result(context: RunContext) -> None:
+    """Send final scores, the table of scores and the report to the trackers, if there are scores."""
+    folder, config = context.folder, context.reported_config
+    evaluations = read_run(folder.path).evaluations
+    if "pruned" not in evaluations:
+        return
+    models = [name for name in MODELS if name in evaluations]
+    rows = tuple(
+        (
+            row.task, row.label, row.recovery, row.change,
+            *(formatting.decimal(row.scores[name].value if name in row.scores else None) for name in models),
+        )
+        for row in metric_rows(evaluations)
+    )  # fmt: skip
+    columns = ("task", "metric", "recovery", "change", *(MODEL_NAMES[name] for name in models))
+    result = RunResult(history.final_scores(folder), columns, rows, folder.path / "report.html")
+    with start_trackers(config, folder, cpu=context.device.type == "cpu") as trackers:
+        trackers.log_result(result, config.train.steps)
 
 
 def raise_if_limits_broken(context: RunContext) -> None:

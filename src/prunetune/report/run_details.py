@@ -53,6 +53,9 @@ def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
     rows = {
         "Model": run.model_name,
         "Result": ", ".join(filter(None, (manifest.pruned.class_name, manifest.pruned.layout))),
+        "Started": _as_date(manifest.started),
+        "Ended": _as_date(manifest.ended),
+        "Host": manifest.host,
         "Device": manifest.device,
         "Arithmetic": manifest.dtype,
         "Base": _describe_quantised(manifest.quantised),
@@ -72,6 +75,11 @@ def _describe_quantised(quantised: QuantisedFacts) -> str:
         f"{quantised.scheme}; merged differs from it by {formatting.share(quantised.error, 2)} "
         f"(root mean square of logits), {formatting.share(quantised.same)} of most likely tokens equal"
     )
+
+
+def _as_date(time: str | None) -> str:
+    """ "2026-11-30T08:15:02+00:00" -> "2026-11-30 08:15 UTC"."""
+    return f"{time[:16].replace('T', ' ')} UTC" if time else ""
 
 
 def _as_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Speed of the pruned model over the dense one's, with the spread of the runs."""
+"""Speed of the pruned model over the dense one's, both measured in turns."""
 
 from __future__ import annotations
 
@@ -11,56 +11,47 @@ from prunetune.report import formatting
 
 @dataclass(frozen=True)
 class SpeedRatio:
-    """Pruned over dense."""
+    """How many times faster the pruned model is: the median of the rounds, and the range of all where it was kept."""
 
-    ratio: float
-    spread: str = ""  # in words; "" where it was not kept
-    is_significant: bool = True  # noise alone would not turn it
+    median: float
+    lowest: float | None = None
+    highest: float | None = None
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether all rounds agree on which model is faster."""
+        return self.lowest is None or self.highest is None or not self.lowest <= 1 <= self.highest
 
     def __str__(self) -> str:
-        return f"{formatting.ratio(self.ratio)} ({self.spread})" if self.spread else formatting.ratio(self.ratio)
+        is_known = self.lowest is not None and self.highest is not None
+        spread = f" ({self.lowest:.2f} to {self.highest:.2f})" if is_known else ""
+        return f"{formatting.ratio(self.median)}{spread}"
 
 
-def interleaved_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
+def speed_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
     """Ratio of "throughput", "decode" or "prefill", run by run, both models in turns: "1.28× (1.25 to 1.32)"."""
     speedup = manifest.gain.speedups.get(kind)
-    if speedup is None or speedup.median is None:
-        return None
-    is_spread_known = speedup.min is not None and speedup.max is not None
-    return SpeedRatio(speedup.median, f"{speedup.min:.2f} to {speedup.max:.2f}" if is_spread_known else "")
-
-
-def separate_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
-    """Ratio of "decode" or "prefill", each model measured alone: "1.28× (runs differ by 4%)".
-
-    Not significant where the two models differ less than the runs of one.
-    """
-    models = (manifest.speed.dense, manifest.speed.pruned)
-    dense, pruned = (model.tokens_per_s(kind) for model in models)
-    if not dense or not pruned:
-        return None
-    spreads = [spread for model in models if (spread := model.spread(kind)) is not None]
-    ratio, noise = pruned / dense, max(spreads, default=0.0)
-    words = f"runs differ by {formatting.share(noise)}" if spreads else ""
-    return SpeedRatio(ratio, words, is_significant=noise <= max(ratio, 1 / ratio) - 1)
+    return None if speedup is None or speedup.median is None else SpeedRatio(speedup.median, speedup.min, speedup.max)
 
 
 def speed_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
     """(what, dense, pruned, ratio) of latency and memory; above 1 the pruned model is better, in every row."""
-    dense, pruned, speed = manifest.model, manifest.pruned, manifest.speed
-    decode, prefill = (
-        tuple(model.tokens_per_s(kind) for model in (speed.dense, speed.pruned)) for kind in ("decode", "prefill")
-    )
-    token_ms = tuple(1000 / per_second if per_second else None for per_second in decode)
-    rows: list[tuple[str, tuple[float | None, ...], Callable[[float | None], str], SpeedRatio | None]] = [
-        ("Decode, tokens a second", decode, formatting.count, separate_ratio(manifest, "decode")),
-        ("Decode, ms a token", token_ms, formatting.decimal, None),
-        ("Prefill, tokens a second", prefill, formatting.count, separate_ratio(manifest, "prefill")),
-        ("Weights", (dense.bytes, pruned.bytes), formatting.size, None),
-        ("Parameters", (dense.params, pruned.params), formatting.short, None),
+    dense, pruned, measured = manifest.model, manifest.pruned, manifest.gain.figures
+    rows: list[tuple[str, float | None, float | None, Callable[[float | None], str], SpeedRatio | None]] = [
+        (name, measured[kind].dense, measured[kind].pruned, formatted, speed_ratio(manifest, kind))
+        for name, kind, formatted in (
+            ("Tokens a second", "throughput", formatting.decimal),
+            ("Prefill", "prefill", formatting.milliseconds),
+            ("Decode, a token", "decode", formatting.milliseconds),
+        )
+        if kind in measured
+    ]
+    rows += [
+        ("Weights", dense.bytes, pruned.bytes, formatting.size, None),
+        ("Parameters", dense.params, pruned.params, formatting.short, None),
     ]
     return [
         (name, formatted(before), formatted(after), str(ratio or SpeedRatio(before / after)))
-        for name, (before, after), formatted, ratio in rows
+        for name, before, after, formatted, ratio in rows
         if before and after
     ]

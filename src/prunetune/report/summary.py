@@ -12,7 +12,7 @@ from prunetune.report import formatting
 from prunetune.report.kept_layers import count_kept, layers_from_plan
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import HeadlineScore
-from prunetune.report.speed import separate_ratio
+from prunetune.report.speed import speed_ratio
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
         _size_tile("All parameters", dense.params, pruned.params, formatting.short),
         _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
         _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
-        _speed_tile("Decode speed", manifest, "decode"),
-        _speed_tile("Prefill speed", manifest, "prefill"),
+        *(_speed_tile(kind, manifest) for kind in ("throughput", "decode", "prefill")),
         _selfcheck_tile(manifest.selfcheck),
         _time_tile(manifest),
     ]
@@ -102,15 +101,15 @@ def _size_tile(
     return Tile(label, formatting.with_minus_sign(change), f"{formatted(dense)} → {formatted(pruned)}")
 
 
-def _speed_tile(label: str, manifest: Manifest, kind: str) -> Tile | None:
-    ratio = separate_ratio(manifest, kind)
+def _speed_tile(kind: str, manifest: Manifest) -> Tile | None:
+    ratio = speed_ratio(manifest, kind)
     if ratio is None:
         return None
-    dense, pruned = manifest.speed.dense.tokens_per_s(kind), manifest.speed.pruned.tokens_per_s(kind)
-    detail = f"{formatting.count(dense)} → {formatting.count(pruned)} tokens/s"
-    detail += f", {ratio.spread}" if ratio.spread else ""
-    is_slower = ratio.ratio < 1 and ratio.is_significant
-    return Tile(label, formatting.ratio(ratio.ratio), detail, "bad" if is_slower else "plain")
+    detail = "both models in turns"
+    if ratio.lowest is not None and ratio.highest is not None:
+        detail += f", {ratio.lowest:.2f} to {ratio.highest:.2f}"
+    is_slower = ratio.median < 1 and ratio.is_significant
+    return Tile(f"{kind.capitalize()} speed", formatting.ratio(ratio.median), detail, "bad" if is_slower else "plain")
 
 
 def _time_tile(manifest: Manifest) -> Tile | None:

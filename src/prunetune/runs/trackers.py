@@ -1,6 +1,7 @@
 """Experiment trackers: a run's numbers go to TensorBoard, Weights & Biases, MLflow and trackio, through accelerate.
 
-Off by default. A tracker that is down, slow to answer or broken never stops a run.
+Off by default. A tracker that is down, slow to answer or broken never stops a run. At the end of a run its final scores
+follow, and where the tracker takes them the table of scores and the report. What they show of rows is decided before.
 """
 
 from __future__ import annotations
@@ -8,8 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from prunetune.config.recipe import RunConfig, to_mapping
@@ -38,6 +43,40 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What trackers get of a finished run."""
+
+    scores: Mapping[str, float]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]  # of the table of scores, a text for each column
+    report: Path
+
+    def to_markdown(self) -> str:
+        """The table of scores."""
+        lines = (self.columns, ("---",) * len(self.columns), *self.rows)
+        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def _send_to_tensorboard(tracker: Any, result: RunResult, step: int) -> None:
+    tracker.tracker.add_text("final/scores", result.to_markdown(), step)
+
+
+def _send_to_wandb(tracker: Any, result: RunResult, step: int) -> None:
+    tracker.log_table("final/table", columns=list(result.columns), data=[list(row) for row in result.rows], step=step)
+    tracker.log({"final/report": import_module("wandb").Html(str(result.report))}, step=step)
+
+
+def _send_to_mlflow(tracker: Any, result: RunResult, step: int) -> None:
+    import_module("mlflow").log_text(result.to_markdown(), "scores.md")
+    tracker.log_artifact(str(result.report))
+
+
+RESULT_SENDERS: dict[str, Callable[[Any, RunResult, int], None]] = {
+    "tensorboard": _send_to_tensorboard, "wandb": _send_to_wandb, "mlflow": _send_to_mlflow,
+}  # fmt: skip
+
+
 class Trackers:
     """The trackers that work; one that fails is dropped with a warning of one line."""
 
@@ -52,14 +91,21 @@ class Trackers:
         for tracker in list(self.active):
             self._call_or_drop(tracker, "log", values, step=record["step"])
 
+    def log_result(self, result: RunResult, step: int) -> None:
+        """Send a finished run's scores as final/NAME, and its table and report to the trackers that take them."""
+        self.log({**result.scores, "step": step}, "final")
+        for tracker in list(self.active):
+            if send := RESULT_SENDERS.get(tracker.name):
+                self._call_or_drop(tracker, send, tracker, result, step)
+
     def close(self) -> None:
         """Finish every tracker."""
         for tracker in list(self.active):
             self._call_or_drop(tracker, "finish")
 
-    def _call_or_drop(self, tracker: Any, method: str, *args: Any, **kwargs: Any) -> None:
+    def _call_or_drop(self, tracker: Any, method: str | Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
-            getattr(tracker, method)(*args, **kwargs)
+            (getattr(tracker, method) if isinstance(method, str) else method)(*args, **kwargs)
         except Exception as broken:
             self.active.remove(tracker)
             log.warning("report_to: %s failed (%s); the run continues without it", tracker.name, _one_line(broken))
@@ -91,16 +137,22 @@ def _start(name: str, config: RunConfig, folder: RunFolder) -> Any:
 
     logs, run_name = folder.path / "trackers", folder.path.name
     logs.mkdir(parents=True, exist_ok=True)
+    id_file = logs / f"{name}.id"  # a process that goes on with the run goes on with the tracker's
+    known = id_file.read_text(encoding="utf-8") if id_file.exists() else ""
+    run_id = known or uuid.uuid4().hex
     if name == "tensorboard":
         tracker: Any = tracking.TensorBoardTracker(run_name="prunetune", logging_dir=str(logs))
     elif name == "wandb":
-        tracker = tracking.WandBTracker(run_name="prunetune", name=run_name, dir=str(logs))
+        tracker = tracking.WandBTracker("prunetune", name=run_name, dir=str(logs), id=run_id, resume="allow")
     elif name == "mlflow":
         mlflow_logs = str(logs / "mlflow")
-        tracker = tracking.MLflowTracker(experiment_name="prunetune", run_name=run_name, logging_dir=mlflow_logs)
+        tracker = tracking.MLflowTracker("prunetune", mlflow_logs, run_id=known or None, run_name=run_name)
     else:
-        tracker = tracking.TrackioTracker(run_name="prunetune", name=run_name)
+        tracker = tracking.TrackioTracker("prunetune", name=run_name, resume="allow")
     tracker.start()
+    if known:
+        return tracker
+    id_file.write_text(tracker.active_run.info.run_id if name == "mlflow" else run_id, encoding="utf-8")
     options = flatten_options(to_mapping(config))
     tracker.store_init_configuration(
         {option: str(value) if isinstance(value, list) else value for option, value in options.items()}
