@@ -143,9 +143,9 @@ def raise_if_limits_broken(context: RunContext) -> None:
         for limit in (*manifest.limits.limits, *manifest.gain.limits)
         if not limit.is_met
     ]
-    if quality := context.config.budget.quality:
+    if context.config.budget.has_quality:
         reasons += [
-            f"budget.{budget.budget} ({budget.words}) is not met: no smaller model keeps budget.quality {quality:g}"
+            f"budget.{budget.budget} ({budget.words}) is not met: no smaller model keeps the quality"
             for budget in manifest.budgets
             if budget.counted is not None and budget.limit is not None and budget.counted > budget.limit * (1 + 1e-9)
         ]

@@ -98,7 +98,7 @@ def resume_training(
         good = distribute_checkpoints(Checkpoints(context.folder.good_checkpoints, context.base), context.ranks)
         teacher = teacher_factory(model)
         job = make_job(context, model, checkpoints, observer, teacher=teacher, monitor=monitor, good_checkpoints=good)
-        if context.config.budget.quality:  # what a stage loses is seen only in a model that has learnt all
+        if context.config.budget.has_quality:  # what a stage loses is seen only in a model that has learnt all
             tuned = Checkpoints(context.folder.dense_tuned_checkpoints, context.base).latest()
             job = replace(job, start_adapters=tuned.tensors["adapters"] if tuned else None)
         tune_and_prune(transform_job(job))
