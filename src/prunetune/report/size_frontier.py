@@ -230,7 +230,7 @@ def _draw_frontier(
                 fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
             )  # fmt: skip
             offset: Any = {"xytext": (7, 5), "textcoords": "offset points"}
-            axes.annotate(size, (x, quality), color=svg.INK, fontsize=9, **offset)
+            axes.annotate(size, (x, quality), color=svg.INK, **offset)
         axes.axhline(headline.reference, color=svg.TUNED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.margins(x=0.14, y=0.14)
         axes.grid(visible=True, axis="both")
