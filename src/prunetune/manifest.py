@@ -315,6 +315,11 @@ class SpeedupFacts(ManifestPart):
     min: float | None
     max: float | None
 
+    @property
+    def is_significant(self) -> bool:
+        """Whether all rounds agree on which model is faster, as far as their range is known."""
+        return self.min is None or self.max is None or not self.min <= 1 <= self.max
+
 
 @dataclass(frozen=True, kw_only=True)
 class FigureFacts(ManifestPart):

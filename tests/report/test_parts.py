@@ -246,6 +246,7 @@ def test_speed_on_which_rounds_disagree_is_an_uncertain_verdict(tmp_path: Path) 
 
 def test_manifest_that_lost_its_facts_is_printed(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"a": 5}')
+    (tmp_path / "config.yaml").write_text("model: tiny")
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "pruned.json").write_text(Evaluation({}).to_json())
     assert "self-check          nan relative (limit nan)" in render_run(tmp_path)

@@ -13,7 +13,7 @@ from prunetune.config.recipe import from_mapping
 from prunetune.errors import ConfigError, MissingPackage
 from prunetune.runs import trackers
 from prunetune.runs.folder import RunFolder
-from prunetune.runs.trackers import RESULT_SENDERS, RunResult, Trackers, require_trackers, start_trackers
+from prunetune.runs.trackers import RESULT_SENDERS, Trackers, require_trackers, start_trackers
 from prunetune.utils import optional
 
 
@@ -108,11 +108,8 @@ def test_tensorboard_holds_the_curve(tmp_path: Path) -> None:
     assert found == pytest.approx({step: 1.0 / step for step in (1, 2, 3)})
 
 
-def result(folder: Path) -> RunResult:
-    (folder / "report.html").write_text("<h1>good</h1>")
-    return RunResult(
-        {"accuracy": 0.75, "nll": math.nan}, ("task", "Pruned"), (("a|b", "0.75"),), folder / "report.html"
-    )
+TABLE = "| task | pruned |\n| --- | --- |\n| a\\|b | 0.75 |"
+SCORES = {"accuracy": 0.75, "nll": math.nan}
 
 
 def test_result_of_a_run_goes_on_with_its_curve(tmp_path: Path) -> None:
@@ -123,16 +120,16 @@ def test_result_of_a_run_goes_on_with_its_curve(tmp_path: Path) -> None:
     with start_trackers(config, folder, cpu=True) as active:
         active.log({**RECORD, "step": 1, "loss": 1.0}, "train")
     with start_trackers(config, folder, cpu=True) as active:
-        active.log_result(result(tmp_path), 9)
+        active.log_result(SCORES, TABLE, tmp_path / "report.html", 9)
     events = EventAccumulator(str(tmp_path / "trackers" / "prunetune"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("final/accuracy")] == [(9, 0.75)]
     assert [event.step for event in events.Scalars("train/loss")] == [1]
     (text,) = events.Tensors("final/scores/text_summary")
-    assert text.tensor_proto.string_val == [b"| task | Pruned |\n| --- | --- |\n| a\\|b | 0.75 |"]
+    assert text.tensor_proto.string_val == [TABLE.encode()]
 
 
-def test_tracker_that_takes_tables_and_pages_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_that_takes_a_table_or_a_page_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
 
     class Package:
@@ -147,20 +144,16 @@ def test_tracker_that_takes_tables_and_pages_gets_them(tmp_path: Path, monkeypat
             sent.append((name, text))
 
     class Taking(Tracker):
-        def log_table(self, name: str, **table: Any) -> None:
-            sent.append((name, table))
-
         def log_artifact(self, path: str) -> None:
             sent.append(path)
 
     monkeypatch.setattr(trackers, "import_module", lambda _: Package)
     wandb, mlflow, trackio = Taking(), Taking(), Taking()
     wandb.name, mlflow.name, trackio.name = "wandb", "mlflow", "trackio"
-    Trackers([wandb, mlflow, trackio]).log_result(result(tmp_path), 9)
+    Trackers([wandb, mlflow, trackio]).log_result(SCORES, TABLE, tmp_path / "report.html", 9)
     page = str(tmp_path / "report.html")
-    table = {"columns": ["task", "Pruned"], "data": [["a|b", "0.75"]], "step": 9}
     assert wandb.logged == [(9, {"final/accuracy": 0.75}), (9, {"final/report": page})]
-    assert sent == [("final/table", table), ("scores.md", result(tmp_path).to_markdown()), page]
+    assert sent == [("scores.md", TABLE), page]
     assert trackio.logged == [(9, {"final/accuracy": 0.75})]
     assert "trackio" not in RESULT_SENDERS
 
@@ -171,5 +164,5 @@ def test_tracker_that_refuses_a_page_costs_a_warning(
     broken = Tracker()
     broken.name = "wandb"
     with caplog.at_level(logging.WARNING):
-        Trackers([broken]).log_result(result(tmp_path), 9)
-    assert "wandb failed (AttributeError" in caplog.text
+        Trackers([broken]).log_result(SCORES, TABLE, tmp_path / "report.html", 9)
+    assert "wandb failed (" in caplog.text

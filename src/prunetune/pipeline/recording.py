@@ -12,13 +12,12 @@ from typing import Any
 from prunetune.errors import LimitBroken
 from prunetune.manifest import EnvironmentFacts
 from prunetune.pipeline.prepare import RunContext, data_and_model_facts
-from prunetune.report import formatting, write_report
-from prunetune.report.page import MODEL_NAMES
-from prunetune.report.run_folder import MODELS, read_run
-from prunetune.report.scores import metric_rows
+from prunetune.report import write_report
+from prunetune.report.run_folder import read_run
+from prunetune.report.scores import headline_table
 from prunetune.runs import history
 from prunetune.runs.folder import TUNING_STAGE, RunFolder, run_lock
-from prunetune.runs.trackers import RunResult, Trackers, start_trackers
+from prunetune.runs.trackers import Trackers, start_trackers
 from prunetune.train.job import Observer
 from prunetune.utils import environment
 from prunetune.utils.files import write_text
@@ -121,18 +120,11 @@ def _send_result(context: RunContext) -> None:
     evaluations = read_run(folder.path).evaluations
     if "pruned" not in evaluations:
         return
-    models = [name for name in MODELS if name in evaluations]
-    rows = tuple(
-        (
-            row.task, row.label, row.recovery, row.change,
-            *(formatting.decimal(row.scores[name].value if name in row.scores else None) for name in models),
-        )
-        for row in metric_rows(evaluations)
-    )  # fmt: skip
-    columns = ("task", "metric", "recovery", "change", *(MODEL_NAMES[name] for name in models))
-    result = RunResult(history.final_scores(folder), columns, rows, folder.path / "report.html")
+    headings, rows = headline_table(evaluations)
+    lines = [[heading.removeprefix(">") for heading in headings], ["---"] * len(headings), *rows]
+    table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     with start_trackers(config, folder, cpu=context.device.type == "cpu") as trackers:
-        trackers.log_result(result, config.train.steps)
+        trackers.log_result(history.final_scores(folder), table, folder.path / "report.html", config.train.steps)
 
 
 def raise_if_limits_broken(context: RunContext) -> None:

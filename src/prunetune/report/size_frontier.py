@@ -16,7 +16,7 @@ from prunetune.report import formatting, run_details, scores, svg, verdicts
 from prunetune.report.figures import WIDTH, legend_entries
 from prunetune.report.run_folder import RunFiles, get_mapping, get_number, read_run
 from prunetune.report.scores import HeadlineScore
-from prunetune.report.speed import speed_ratio
+from prunetune.report.speed import speedup, speedup_text
 from prunetune.report.summary import share_saved
 from prunetune.report.training_curves import ReportFigure
 
@@ -41,8 +41,8 @@ class SizeRow:
     @property
     def speed_ratio(self) -> float | None:
         """Tokens a second over the dense model's, measured in turns."""
-        ratio = speed_ratio(self.run.manifest, "throughput")
-        return ratio.median if ratio else None
+        facts = speedup(self.run.manifest, "throughput")
+        return facts.median if facts else None
 
     @property
     def saved(self) -> float | None:
@@ -140,7 +140,7 @@ def _table_row(row: SizeRow) -> dict[str, Any]:
         "bytes": formatting.size(manifest.pruned.bytes),
         "quality": Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None,
         "recovery": formatting.share(headline.recovery, 1) if headline and headline.recovery is not None else "–",
-        "speed": str(speed_ratio(manifest, "throughput") or formatting.NOT_KNOWN),
+        "speed": speedup_text(speedup(manifest, "throughput")) or formatting.NOT_KNOWN,
         "prefill": _milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
         "decode": _milliseconds(figures["decode"].pruned if "decode" in figures else None),
         "on_frontier": row.on_frontier,

@@ -12,7 +12,7 @@ from prunetune.report import formatting
 from prunetune.report.kept_layers import count_kept, layers_from_plan
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import HeadlineScore
-from prunetune.report.speed import speed_ratio
+from prunetune.report.speed import speedup
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,13 @@ def _size_tile(
 
 
 def _speed_tile(kind: str, manifest: Manifest) -> Tile | None:
-    ratio = speed_ratio(manifest, kind)
-    if ratio is None:
+    facts = speedup(manifest, kind)
+    if facts is None or facts.median is None:
         return None
-    detail = "both models in turns"
-    if ratio.lowest is not None and ratio.highest is not None:
-        detail += f", {ratio.lowest:.2f} to {ratio.highest:.2f}"
-    is_slower = ratio.median < 1 and ratio.is_significant
-    return Tile(f"{kind.capitalize()} speed", formatting.ratio(ratio.median), detail, "bad" if is_slower else "plain")
+    is_range_known = facts.min is not None and facts.max is not None
+    detail = f"both models in turns{f', {facts.min:.2f} to {facts.max:.2f}' if is_range_known else ''}"
+    tone: Literal["plain", "bad"] = "bad" if facts.median < 1 and facts.is_significant else "plain"
+    return Tile(f"{kind.capitalize()} speed", formatting.ratio(facts.median), detail, tone)
 
 
 def _time_tile(manifest: Manifest) -> Tile | None:

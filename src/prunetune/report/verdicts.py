@@ -13,7 +13,7 @@ from prunetune.manifest import Manifest
 from prunetune.report import formatting
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import REFERENCE_NAMES, HeadlineScore, TaskMetricRow, metric_rows, reference_model
-from prunetune.report.speed import speed_ratio
+from prunetune.report.speed import speedup, speedup_text
 
 VerdictAnswer = Literal["yes", "no", "partly", "unknown", "none"]
 MAX_HIDDEN_LOSS = 0.1  # a share of the reference's score: noise that could hide a larger loss answers nothing
@@ -82,17 +82,19 @@ def _size_verdict(manifest: Manifest) -> RunVerdict:
 def _speed_verdict(manifest: Manifest) -> RunVerdict:
     """By measurements in turns, and by those only: a kind counts where all rounds agree on which model is faster."""
     kinds = ("throughput", "decode", "prefill")
-    ratios = {kind: ratio for kind in kinds if (ratio := speed_ratio(manifest, kind))}
+    ratios = {kind: ratio for kind in kinds if (ratio := speedup(manifest, kind))}
     if not ratios:
         return RunVerdict("Faster?", "unknown", "Speed was not measured in turns; prunetune bench RUN does that.")
-    words = ", ".join(f"{kind} {ratio}" for kind, ratio in ratios.items()) + " of the dense model's speed."
+    words = (
+        ", ".join(f"{kind} {speedup_text(ratio)}" for kind, ratio in ratios.items()) + " of the dense model's speed."
+    )
     words = words[:1].upper() + words[1:]
     noisy = [kind for kind, ratio in ratios.items() if not ratio.is_significant]
     if noisy:
         words += f" Rounds of {' and '.join(noisy)} disagree on which is faster; prunetune bench RUN measures more."
     if len(noisy) == len(ratios):
         return RunVerdict("Faster?", "unknown", words)
-    faster = [ratio.is_significant and ratio.median > 1 for ratio in ratios.values()]
+    faster = [ratio.is_significant and (ratio.median or 0) > 1 for ratio in ratios.values()]
     return RunVerdict("Faster?", "yes" if all(faster) else "partly" if any(faster) else "no", words)
 
 

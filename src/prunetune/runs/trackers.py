@@ -12,7 +12,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,38 +42,20 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What trackers get of a finished run."""
-
-    scores: Mapping[str, float]
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]  # of the table of scores, a text for each column
-    report: Path
-
-    def to_markdown(self) -> str:
-        """The table of scores."""
-        lines = (self.columns, ("---",) * len(self.columns), *self.rows)
-        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+def _send_to_tensorboard(tracker: Any, table: str, report: Path, step: int) -> None:
+    tracker.tracker.add_text("final/scores", table, step)
 
 
-def _send_to_tensorboard(tracker: Any, result: RunResult, step: int) -> None:
-    tracker.tracker.add_text("final/scores", result.to_markdown(), step)
+def _send_to_wandb(tracker: Any, table: str, report: Path, step: int) -> None:
+    tracker.log({"final/report": import_module("wandb").Html(str(report))}, step=step)
 
 
-def _send_to_wandb(tracker: Any, result: RunResult, step: int) -> None:
-    tracker.log_table("final/table", columns=list(result.columns), data=[list(row) for row in result.rows], step=step)
-    tracker.log({"final/report": import_module("wandb").Html(str(result.report))}, step=step)
+def _send_to_mlflow(tracker: Any, table: str, report: Path, step: int) -> None:
+    import_module("mlflow").log_text(table, "scores.md")
+    tracker.log_artifact(str(report))
 
 
-def _send_to_mlflow(tracker: Any, result: RunResult, step: int) -> None:
-    import_module("mlflow").log_text(result.to_markdown(), "scores.md")
-    tracker.log_artifact(str(result.report))
-
-
-RESULT_SENDERS: dict[str, Callable[[Any, RunResult, int], None]] = {
-    "tensorboard": _send_to_tensorboard, "wandb": _send_to_wandb, "mlflow": _send_to_mlflow,
-}  # fmt: skip
+RESULT_SENDERS = {"tensorboard": _send_to_tensorboard, "wandb": _send_to_wandb, "mlflow": _send_to_mlflow}
 
 
 class Trackers:
@@ -91,12 +72,12 @@ class Trackers:
         for tracker in list(self.active):
             self._call_or_drop(tracker, "log", values, step=record["step"])
 
-    def log_result(self, result: RunResult, step: int) -> None:
-        """Send a finished run's scores as final/NAME, and its table and report to the trackers that take them."""
-        self.log({**result.scores, "step": step}, "final")
+    def log_result(self, scores: Mapping[str, float], table: str, report: Path, step: int) -> None:
+        """Send final scores as final/NAME, and to the trackers that take them their table (Markdown) and the page."""
+        self.log({**scores, "step": step}, "final")
         for tracker in list(self.active):
             if send := RESULT_SENDERS.get(tracker.name):
-                self._call_or_drop(tracker, send, tracker, result, step)
+                self._call_or_drop(tracker, send, tracker, table, report, step)
 
     def close(self) -> None:
         """Finish every tracker."""

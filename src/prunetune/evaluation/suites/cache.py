@@ -1,4 +1,7 @@
-"""Cache of a model's answers, by model and request: an SQLite file in the user's cache folder."""
+"""Cache of a model's answers, by model and request: an SQLite file in the user's cache folder.
+
+A damaged file is renamed, so that a new one takes its place.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import json
 import logging
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,6 @@ from prunetune.data.records import Record
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.model.gguf_import import cache_folder
 from prunetune.utils.redaction import SHOW_ALL, Redaction
-from prunetune.utils.sqlite import UNUSABLE, run_in_database
 from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)
@@ -28,6 +32,9 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
 )
+LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes
+# What is raised where a file cannot be used: locked, a folder, without permission, values that it cannot hold.
+UNUSABLE = (OSError, sqlite3.Error, ValueError)
 KEYS_PER_QUERY = 500
 ANSWERS_PER_WRITE = 1000  # an evaluation that is stopped loses at most this many
 
@@ -50,7 +57,8 @@ class AnswerStore:
             return {key: value for key, value in known.items() if isinstance(value, str)}
 
         try:
-            return run_in_database(self.path, TABLES, read)
+            stored: dict[str, str] = self._run(read)
+            return stored
         except UNUSABLE as broken:
             log.warning("cache %s: cannot be read (%s); remove it to have one again", self.path, broken)
             return {}
@@ -59,13 +67,31 @@ class AnswerStore:
         """Store (key, value) pairs; later ones replace earlier ones."""
         rows = list(pairs)
         try:
-            run_in_database(
-                self.path,
-                TABLES,
-                lambda store: store.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows),  # noqa: S608 - table names are ours
-            )
+            self._run(lambda store: store.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows))  # noqa: S608 - table names are ours
         except UNUSABLE as broken:
             log.warning("cache %s: cannot be written (%s)", self.path, broken)
+
+    def _run(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """What `work` returns, in one transaction; where the file is no database, on a new one. Raises `UNUSABLE`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._run_once(work)
+        except sqlite3.DatabaseError as broken:
+            if type(broken) is not sqlite3.DatabaseError:  # its subclasses: locked, no permission, another schema
+                raise
+            aside = self.path.with_name(f"{self.path.name}.broken-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+            self.path.rename(aside)
+            log.warning(
+                "%s is no database any more (%s): renamed to %s, a new one created", self.path, broken, aside.name
+            )
+            return self._run_once(work)
+
+    def _run_once(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        with closing(sqlite3.connect(self.path, timeout=LOCK_TIMEOUT)) as store, store:
+            store.text_factory = lambda text: text.decode("utf-8", "replace")
+            for table in TABLES:
+                store.execute(table)
+            return work(store)
 
 
 _KEYS = {"answers": "key", "files": "stamp"}
