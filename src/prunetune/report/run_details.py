@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from prunetune.manifest import DataFacts, Manifest, QuantisedFacts
@@ -13,20 +12,11 @@ from prunetune.report.run_folder import RunFiles, get_number, lookup
 SPLITS = ("train", "search", "texts", "guard", "valid", "test")
 
 
-@dataclass(frozen=True)
-class SplitSummary:
-    """One split of the data."""
-
-    name: str
-    count: str
-    sha256: str
-
-
-def split_summaries(data: DataFacts) -> list[SplitSummary]:
-    """The splits that the manifest names, in the order of their use."""
+def split_summaries(data: DataFacts) -> list[tuple[str, str, str]]:
+    """(name, rows, SHA-256) of the splits that the manifest names, in the order of their use."""
     named = data.counts.keys() | data.hashes.keys()
     return [
-        SplitSummary(name, formatting.count(data.counts.get(name)), data.hashes.get(name, formatting.NOT_KNOWN))
+        (name, formatting.count(data.counts.get(name)), data.hashes.get(name, formatting.NOT_KNOWN))
         for name in (*(name for name in SPLITS if name in named), *sorted(named - set(SPLITS)))
     ]
 
