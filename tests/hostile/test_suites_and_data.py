@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,11 +15,13 @@ import pytest
 from prunetune.compare.methods import read_variants
 from prunetune.config.recipe import RunConfig, load_recipe
 from prunetune.cost.latency_table import LatencyTable
+from prunetune.data.records import Record
 from prunetune.errors import ModelError
 from prunetune.evaluation.suites import evaluate_suite, load_suite
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend
 from prunetune.evaluation.suites.open_model import open_backend
 from prunetune.evaluation.suites.options import EvalOptions
+from prunetune.evaluation.suites.protocol import GenerationSettings
 from prunetune.evaluation.suites.score_history import history_file, read_scores
 from prunetune.runs.history import list_runs
 from support.data import write_lines
@@ -198,14 +199,14 @@ def data_set_with_a_script(place: Place) -> None:
 
 @artefact
 def answers_that_are_pickles(place: Place) -> None:
-    store = AnswerStore(place.folder / "answers.sqlite")
-    store.put("files", [("a", "b")])
-    with closing(sqlite3.connect(store.path)) as base, base:
-        base.execute("CREATE TRIGGER t AFTER INSERT ON answers BEGIN SELECT load_extension('evil'); END")
-        base.execute("CREATE TRIGGER f AFTER INSERT ON files BEGIN SELECT writefile('marker', 'x'); END")
-        base.execute("CREATE VIEW v AS SELECT 1")
-    CachedBackend(ScriptedBackend(), store).store.put("answers", [("k", "1")])
-    store.get("answers", ["k"])
+    store, backend = AnswerStore(place.folder / "answers"), ScriptedBackend()
+    store.folder.mkdir()
+    name = hashlib.sha256(json.dumps(backend.fingerprint).encode()).hexdigest()
+    for file in (f"{name}.jsonl", "files.jsonl"):
+        (store.folder / file).write_bytes(place.pickled + b"\n" + json.dumps({"a": place.code}).encode())
+    records = [Record(kind="completion", prompt="p", completion="c")]
+    CachedBackend(backend, store).run_requests("generate", records, GenerationSettings(), print)
+    store.get("files")
 
 
 @artefact
