@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from prunetune.compare.methods import DENSE
 from prunetune.report import svg
+from prunetune.report.figures import WIDTH
+from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIGURE_WIDTH = 5.0  # inches
 MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -35,15 +34,6 @@ class MethodStyle:
 
 
 FIXED_STYLES = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
-
-
-@dataclass(frozen=True)
-class ComparisonChart:
-    """A drawn chart with its title and caption."""
-
-    title: str
-    svg_markup: Markup
-    caption: str
 
 
 def method_styles(methods: Sequence[str], reference: str) -> dict[str, MethodStyle]:
@@ -69,7 +59,7 @@ def legend(styles: Mapping[str, MethodStyle]) -> list[tuple[str, str, str]]:
 
 def draw_metric_chart(
     number: int, metric: str, label: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]
-) -> ComparisonChart | None:
+) -> ReportFigure | None:
     """One metric over the share that is removed; None if no row has the metric."""
     scored = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
     if not scored:
@@ -79,15 +69,15 @@ def draw_metric_chart(
     markup = svg.render_svg(
         f"compare-{number}",
         f"{label} by share removed; the tables below have the numbers",
-        FIGURE_WIDTH,
+        WIDTH,
         3.0 if several_sizes else 0.7 + 0.24 * len(scored),
         lambda figure: draw(figure, metric, scored, styles),
     )
     better = "Higher is better" if metric.startswith(("acc", "rouge_l")) else "Lower is better"
-    return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
+    return ReportFigure(label, markup, note=f"{better}. Bars: one standard error over items.")
 
 
-def draw_size_chart(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> ComparisonChart | None:
+def draw_size_chart(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> ReportFigure | None:
     """Mean loss over the bytes of the weights, a line over sizes for each method and format."""
     scored = [row for row in rows if row.get("bytes") and row["scores"].get("nll", {}).get("value") is not None]
     if not scored:
@@ -95,12 +85,12 @@ def draw_size_chart(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle
     markup = svg.render_svg(
         "compare-bytes",
         "Mean NLL by bytes of the weights; the tables below have the numbers",
-        FIGURE_WIDTH,
+        WIDTH,
         3.0,
         lambda figure: _draw_sizes(figure, scored, styles),
     )
-    caption = "Lower and further left is better. Bars: one standard error over items."
-    return ComparisonChart("Mean NLL by size of the weights", markup, caption)
+    note = "Lower and further left is better. Bars: one standard error over items."
+    return ReportFigure("Mean NLL by size of the weights", markup, note=note)
 
 
 def _draw_sizes(figure: Figure, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:

@@ -103,7 +103,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "cut_kinds": list(dict.fromkeys(kind for cut in cut_rows for kind in cut.removed)),
         "cut_neighbours": cuts.NEIGHBOURS,
         "heatmaps": decision_heatmap.heatmap_figures(run),
-        "limits": verdicts.limit_verdicts(manifest),
+        "limits": [("", limit) for limit in verdicts.limit_verdicts(manifest)],
         "limit_events": verdicts.limit_events(manifest),
         "failed": manifest.failed,
         "misaligned_widths": verdicts.misaligned_widths(manifest),

@@ -141,8 +141,8 @@ def _table_row(row: SizeRow) -> dict[str, Any]:
         "quality": Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None,
         "recovery": formatting.share(headline.recovery, 1) if headline and headline.recovery is not None else "–",
         "speed": speedup_text(speedup(manifest, "throughput")) or formatting.NOT_KNOWN,
-        "prefill": _milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
-        "decode": _milliseconds(figures["decode"].pruned if "decode" in figures else None),
+        "prefill": formatting.milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
+        "decode": formatting.milliseconds(figures["decode"].pruned if "decode" in figures else None),
         "on_frontier": row.on_frontier,
         "passed": not manifest.failed,
         "report": f"sizes/{row.name}/report.html",
@@ -157,13 +157,9 @@ def _dense_row(run: RunFiles, headline: HeadlineScore | None, reference_name: st
         "params": formatting.short(model.params),
         "bytes": formatting.size(model.bytes),
         "quality": formatting.decimal(headline.reference if headline else None),
-        "prefill": _milliseconds(figures["prefill"].dense if "prefill" in figures else None),
-        "decode": _milliseconds(figures["decode"].dense if "decode" in figures else None),
+        "prefill": formatting.milliseconds(figures["prefill"].dense if "prefill" in figures else None),
+        "decode": formatting.milliseconds(figures["decode"].dense if "decode" in figures else None),
     }
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return formatting.decimal(None if seconds is None else 1000 * seconds)
 
 
 def _task_rows(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:

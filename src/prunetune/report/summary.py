@@ -12,7 +12,6 @@ from prunetune.report import formatting
 from prunetune.report.kept_layers import count_kept, layers_from_plan
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import HeadlineScore
-from prunetune.report.speed import speedup
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
         _size_tile("All parameters", dense.params, pruned.params, formatting.short),
         _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
         _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
-        *(_speed_tile(kind, manifest) for kind in ("throughput", "decode", "prefill")),
         _selfcheck_tile(manifest.selfcheck),
         _time_tile(manifest),
     ]
@@ -99,16 +97,6 @@ def _size_tile(
         return None
     change = f"-{formatting.share(saved, 1)}" if saved >= 0 else f"+{formatting.share(-saved, 1)}"
     return Tile(label, formatting.with_minus_sign(change), f"{formatted(dense)} → {formatted(pruned)}")
-
-
-def _speed_tile(kind: str, manifest: Manifest) -> Tile | None:
-    facts = speedup(manifest, kind)
-    if facts is None or facts.median is None:
-        return None
-    is_range_known = facts.min is not None and facts.max is not None
-    detail = f"both models in turns{f', {facts.min:.2f} to {facts.max:.2f}' if is_range_known else ''}"
-    tone: Literal["plain", "bad"] = "bad" if facts.median < 1 and facts.is_significant else "plain"
-    return Tile(f"{kind.capitalize()} speed", formatting.ratio(facts.median), detail, tone)
 
 
 def _time_tile(manifest: Manifest) -> Tile | None:

@@ -42,20 +42,14 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def _send_to_tensorboard(tracker: Any, table: str, report: Path, step: int) -> None:
-    tracker.tracker.add_text("final/scores", table, step)
-
-
-def _send_to_wandb(tracker: Any, table: str, report: Path, step: int) -> None:
-    tracker.log({"final/report": import_module("wandb").Html(str(report))}, step=step)
-
-
-def _send_to_mlflow(tracker: Any, table: str, report: Path, step: int) -> None:
-    import_module("mlflow").log_text(table, "scores.md")
-    tracker.log_artifact(str(report))
-
-
-RESULT_SENDERS = {"tensorboard": _send_to_tensorboard, "wandb": _send_to_wandb, "mlflow": _send_to_mlflow}
+def _send_table_and_page(tracker: Any, table: str, report: Path, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.tracker.add_text("final/scores", table, step)
+    elif tracker.name == "wandb":
+        tracker.log({"final/report": import_module("wandb").Html(str(report))}, step=step)
+    elif tracker.name == "mlflow":
+        import_module("mlflow").log_text(table, "scores.md")
+        tracker.log_artifact(str(report))
 
 
 class Trackers:
@@ -76,8 +70,7 @@ class Trackers:
         """Send final scores as final/NAME, and to the trackers that take them their table (Markdown) and the page."""
         self.log({**scores, "step": step}, "final")
         for tracker in list(self.active):
-            if send := RESULT_SENDERS.get(tracker.name):
-                self._call_or_drop(tracker, send, tracker, table, report, step)
+            self._call_or_drop(tracker, _send_table_and_page, tracker, table, report, step)
 
     def close(self) -> None:
         """Finish every tracker."""
