@@ -206,6 +206,6 @@ def test_commands_on_a_comparison_of_0_1_0_are_refused(say: Said, command: str) 
     assert "Traceback" not in err
 
 
-def test_runs_refuses_a_comparison_of_0_1_0(say: Said) -> None:
+def test_comparison_of_0_1_0_is_listed_and_no_run(say: Said) -> None:
     _, out, _ = say("runs", ".")
-    assert "comparison" not in out
+    assert [line.split()[:2] for line in out.splitlines() if "comparison" in line] == [["comparison", "done"]]
