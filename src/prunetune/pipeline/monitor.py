@@ -70,9 +70,13 @@ class ValidationMonitor:
             least = min(shares, key=lambda name: (not math.isnan(shares[name]), shares[name]))
             log.info("quality %.3f, of %s: %s", shares[least], least, _listed(shares))
             scores[QUALITY] = shares[least]
-        names = [limit.metric.removeprefix(STAGE_SCORE) for limit in map(ScoreLimit.of_stages, budget.quality_limits)]
-        absolute = absolute_quality(evaluation, names)
-        return scores | {f"{STAGE_SCORE}{name}": value for name, value in absolute.items()}
+        return scores | self._limited_scores(evaluation)
+
+    def _limited_scores(self, evaluation: Evaluation) -> dict[str, float]:
+        """The scores that have absolute limits."""
+        limits = map(ScoreLimit.of_stages, self.context.config.budget.quality_limits)
+        scores = absolute_quality(evaluation, [limit.metric.removeprefix(STAGE_SCORE) for limit in limits])
+        return {f"{STAGE_SCORE}{name}": value for name, value in scores.items()}
 
     def score_valid(self, model: Any) -> Evaluation:
         """The scores of valid that `budget.quality` is of: as many items of each task as at the end of a run."""
@@ -85,16 +89,15 @@ class ValidationMonitor:
         """
         if not self.context.config.budget.has_quality:
             return self
-        monitor = replace(self, reference=self.score_valid(load_tuned()))
-        assert monitor.reference is not None
-        scores = monitor._quality(monitor.reference)
+        reference = self.score_valid(load_tuned())
+        scores = self._limited_scores(reference)
         for limit in map(ScoreLimit.of_stages, self.context.config.budget.quality_limits):
             if not limit.is_met(scores, {}):
                 raise LimitBroken(
                     f"budget.quality_limits: of the tuned dense model {limit.describe(scores, {})}, so no smaller one "
                     "is looked for: loosen the limit, or give more train.steps or another lora.dense_learning_rate"
                 )
-        return monitor
+        return replace(self, reference=reference)
 
     def record_decision(self, record: JsonObject, plan: Plan) -> None:
         """Write the plan with its scores, such as `decisions/step-0000040.json`; rank 0 only."""
