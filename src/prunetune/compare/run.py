@@ -70,7 +70,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
             "5e-4, 1e-3, 2e-3, and a number in train.learning_rate"
         )
     methods = resolve_methods(config)
-    if config.budget.quality:
+    if config.budget.has_quality:
         raise ConfigError("budget.quality is found by a run, and a comparison fixes sizes: name them in compare.keeps")
     if config.compare.keeps and config.budget.amounts():
         raise ConfigError(

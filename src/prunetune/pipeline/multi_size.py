@@ -19,7 +19,7 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
-from prunetune.manifest import ModelSpeeds, SizeFacts
+from prunetune.manifest import SizeFacts
 from prunetune.model.loading import pick_device
 from prunetune.pipeline.drift import evaluate_drift
 from prunetune.pipeline.finish import finish
@@ -226,9 +226,7 @@ def _finish_and_evaluate(context: RunContext, sizes: Sequence[SizeRun], command:
         for name in names:
             if not size.folder.evaluation_file(name).exists():
                 shutil.copyfile(context.folder.evaluation_file(name), size.folder.evaluation_file(name))
-        dense_speed, speed = (folder.read_manifest().speed.to_dict() for folder in (context.folder, size.folder))
-        size.folder.update_manifest(speed=ModelSpeeds.from_dict(dense_speed | speed))
-        with run_lifecycle(size.context, command):
+        with run_lifecycle(size.context, command, is_final=False):
             finish(size.context)
             evaluate_all(size.context)
             measure_budgets(size.context)

@@ -167,7 +167,7 @@ def prepare(
             f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
             f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
-    if config.budget.quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
+    if config.budget.has_quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
         raise ConfigError(
             "budget.quality begins with the adapters of the tuned dense model: set lora.rank to at least "
             f"lora.dense_rank ({config.lora.dense_rank}), and launch without --use_fsdp"
@@ -327,7 +327,7 @@ def disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConfi
     if config.train.weights == "all":
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
     # Two of the run, two of the dense tuned model, one in writing; more to go back to.
-    states = 8 if config.limits or config.budget.quality or config.train.keep_best else 5
+    states = 8 if config.limits or config.budget.has_quality or config.train.keep_best else 5
     sizes = len(config.budget.keeps)
     return sizes * states * 12 * adapter, sizes * 4 * weights + 64 * 2**20
 

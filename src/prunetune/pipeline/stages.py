@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from prunetune.bench.latency.verify import verify_budgets
-from prunetune.bench.speed import measure_speed
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
 from prunetune.data.encoding import Example
@@ -27,7 +26,7 @@ from prunetune.data.sources import SplitName
 from prunetune.errors import DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
-from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
+from prunetune.manifest import BudgetFacts, LearningRateFacts, RateTrialFacts
 from prunetune.model.adapter_folder import write_adapter_folder
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.card_facts import rewrite_card
@@ -99,7 +98,7 @@ def resume_training(
         good = distribute_checkpoints(Checkpoints(context.folder.good_checkpoints, context.base), context.ranks)
         teacher = teacher_factory(model)
         job = make_job(context, model, checkpoints, observer, teacher=teacher, monitor=monitor, good_checkpoints=good)
-        if context.config.budget.quality:  # what a stage loses is seen only in a model that has learnt all
+        if context.config.budget.has_quality:  # what a stage loses is seen only in a model that has learnt all
             tuned = Checkpoints(context.folder.dense_tuned_checkpoints, context.base).latest()
             job = replace(job, start_adapters=tuned.tensors["adapters"] if tuned else None)
         tune_and_prune(transform_job(job))
@@ -271,8 +270,7 @@ def dense_model_names(config: RunConfig) -> tuple[str, ...]:
 
 
 def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
-    """Score models on the test split, and time all but the dense tuned one; skips those that have scores."""
-    speeds = context.folder.read_manifest().speed
+    """Score models on the test split; skips those that have scores."""
     for name in names:
         file = context.folder.evaluation_file(name)
         if file.exists():
@@ -286,16 +284,13 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         model = load_model(context, name)
         context.console.stage(f"evaluate {name}", 1)
         result = score_model(context, model)
-        if name != "tuned":
-            speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
-            context.folder.update_manifest(speed=speeds)
         write_text(file, result.redacted(context.config.report.redaction).to_json())
 
 
 def measure(context: RunContext) -> None:
-    """Measure what the finished model uses, and its gain over the dense model where the recipe requires one."""
+    """Measure what the finished model uses, and its gain over the dense model."""
     measure_budgets(context)
-    if context.config.require.has_requirements and not context.folder.read_manifest().gain:
+    if not context.folder.read_manifest().gain:
         with record_timing(context.folder, "bench"):
             measure_gain(context.folder, [context.folder], context)
 

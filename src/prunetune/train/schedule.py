@@ -114,12 +114,12 @@ def build_schedule(config: RunConfig) -> Schedule:
         settle = min(steps, end + round(steps * search.settle))
         return Schedule(steps, (Cut(settle, 1.0),), keep, search=end, settle=settle)
     count, share = search.cuts, search.span
-    if config.budget.quality:
+    if config.budget.has_quality:
         count, share = math.ceil((1 - keep) / QUALITY_CUT - 1e-9), QUALITY_SPAN
     count = max(1, min(count, steps))
     span = min(steps, max(count, round(steps * share)))
     cuts = tuple(Cut(index * span // count, (index + 1) / count) for index in range(count))
-    return Schedule(steps, cuts, keep, is_judged=config.budget.quality > 0)
+    return Schedule(steps, cuts, keep, is_judged=config.budget.has_quality)
 
 
 def one_cut_schedule(config: RunConfig) -> Schedule:

@@ -35,6 +35,12 @@ def expand_path(name: str | os.PathLike[str]) -> Path:
     return path  # where something else is wrong, whoever opens it says so
 
 
+def home_folder() -> Path | None:
+    """$PRUNETUNE_HOME: what is known of runs and suites of all folders; None where it is not set."""
+    home = os.environ.get("PRUNETUNE_HOME")
+    return expand_path(home) if home else None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: written under another name first, then renamed.
 
