@@ -19,15 +19,14 @@ from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
-from prunetune.pruning.compensation import compensate_consumers
-from prunetune.pruning.curvature import consumer_name, record_curvature, removal_costs
+from prunetune.pruning.compensation import compensate_consumers, consumer_name, record_curvature, removal_costs
 from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
 from prunetune.pruning.unit_weights import unit_weights
 from prunetune.pruning.units import Site
 from prunetune.search.select import Scores
-from prunetune.utils.seeds import derive_seed
+from prunetune.utils.determinism import derive_seed
 
 
 @baseline("random", source="none: the floor that every method has to beat")

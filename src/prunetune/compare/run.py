@@ -32,13 +32,13 @@ from prunetune.pipeline.recording import record_origin
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock, write_recipe
 from prunetune.search.select import select
 from prunetune.utils import environment
-from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.redaction import SHOW_ALL
+from prunetune.utils.threads import CAPTURE_LOCK
 
 log = logging.getLogger(__name__)
 

@@ -184,7 +184,12 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
     if item.metadata["parse"] is not None:
         return item.metadata["parse"](value, name)
     if typing.get_origin(kind) is Literal:
-        return _choice(typing.get_args(kind), value, name)
+        allowed = typing.get_args(kind)
+        value = ("on" if value else "off") if isinstance(value, bool) else value  # how YAML reads a bare on or off
+        if value in allowed:
+            return str(value)
+        hint = did_you_mean(shorten(str(value)), allowed)
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}{hint and f'; {hint}'}")
     if item.metadata["accepts_number"] and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if kind is float:
@@ -193,17 +198,12 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
         expected = {int: "a whole number", str: "text", bool: "true or false"}.get(kind, str(kind))
         raise ConfigError(f"{name} must be {expected}, got {short_repr(value)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        _check_bounds(item.metadata, value, name)
+        low, high, above = (item.metadata[bound] for bound in ("ge", "le", "gt"))
+        if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
+            left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
+            right = f"{high:g}]" if high is not None else "inf)"
+            raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
     return value
-
-
-def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
-    if isinstance(value, bool):
-        value = "on" if value else "off"  # how YAML reads a bare on or off
-    if value in allowed:
-        return str(value)
-    hint = did_you_mean(shorten(str(value)), allowed)
-    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}{hint and f'; {hint}'}")
 
 
 def parse_number(value: Any, name: str) -> float:
@@ -215,14 +215,6 @@ def parse_number(value: Any, name: str) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be a finite number, got {short_repr(value)}")
     return number
-
-
-def _check_bounds(bounds: Mapping[str, Any], value: float, name: str) -> None:
-    low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
-    if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
-        left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
-        right = f"{high:g}]" if high is not None else "inf)"
-        raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
 
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:

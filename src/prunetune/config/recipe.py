@@ -398,26 +398,23 @@ class RunConfig:
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
                 "together they may be 1 at most; lower one of them"
             )
-        if self.budget.sizes:
-            self._validate_sizes()
+        if more := len(self.budget.sizes):
+            shares = self.train.size_share
+            if self.budget.quality:
+                raise ConfigError("budget.quality finds one size itself: leave budget.sizes out, or budget.quality")
+            if not 0 < len(shares) <= more:
+                given = f"train.size_share has {len(shares)} numbers for {more} further sizes"
+                raise ConfigError(f"{given}: give 1 to {more}")
+            moving = [limit for limit in self.limits if not limit.endswith("-> stop")]
+            if moving:
+                raise ConfigError(
+                    f"limits: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
+                    "let it stop, or name one size"
+                )
         if self.budget.quality_of and not self.budget.quality:
             raise ConfigError("budget.quality_of says what budget.quality is of: set budget.quality, such as 0.98")
         if self.budget.quality and self.search.method == "generator":
             raise ConfigError("budget.quality is found cut by cut: leave search.method at progressive")
-
-    def _validate_sizes(self) -> None:
-        """Raise `ConfigError` for options that exclude several sizes."""
-        more, shares = len(self.budget.sizes), self.train.size_share
-        if self.budget.quality:
-            raise ConfigError("budget.quality finds one size itself: leave budget.sizes out, or budget.quality")
-        if not 0 < len(shares) <= more:
-            raise ConfigError(f"train.size_share has {len(shares)} numbers for {more} further sizes: give 1 to {more}")
-        moving = [limit for limit in self.limits if not limit.endswith("-> stop")]
-        if moving:
-            raise ConfigError(
-                f"limits: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
-                "let it stop, or name one size"
-            )
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

@@ -115,6 +115,10 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
     layers = {}
     for index, prefix in enumerate(architecture.layer_prefixes):
         layer_sites = [site for site in sites if site.layer == index]
+        groups = next((site for site in layer_sites if site.kind is UnitKind.KV_GROUP), None)
+        attention = model.get_submodule(groups.name).parameters() if groups else ()
+        owned = sum(site.params for site in layer_sites if site.kind.is_head) if groups else 0
+        other_params = sum(parameter.numel() for parameter in attention) - owned  # such as norms of queries and keys
         layers[index] = LayerShape(
             sites=tuple(layer_sites),
             linears=tuple(_linear_shapes(model, prefix, layer_sites)),
@@ -122,7 +126,7 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
             queries_per_kv_head=architecture.layer_heads[index].queries_per_kv_head,
             head_dim=architecture.layer_heads[index].head_dim,
             sliding_window=windows[index],
-            other_attention_params=_other_attention_params(model, layer_sites),
+            other_attention_params=other_params,
             enclosing_sites=tuple(site.name for site in layer_sites if site.kind.removes_attention),
         )
     all_params = sum(parameter.numel() for parameter in model.parameters())
@@ -156,23 +160,11 @@ def _linear_shapes(model: nn.Module, prefix: str, sites: Sequence[Site]) -> Iter
                 )
                 for axis in (ROWS, COLUMNS)
             )
-            enclosing = tuple(site.name for site in sites if site.kind.is_whole_block and _contains(site, name))
+            enclosing = []
+            for site in sites:
+                linears = site.weights.block_linears
+                is_inside = name in linears if linears else name.startswith(f"{site.name.partition(':')[0]}.")
+                if site.kind is UnitKind.LAYER or (site.kind.is_whole_block and is_inside):
+                    enclosing.append(site.name)
             rows, columns = axis_size(module, ROWS), axis_size(module, COLUMNS)
-            yield LinearShape(rows, columns, row_owners, column_owners, enclosing)
-
-
-def _contains(site: Site, name: str) -> bool:
-    """Whether a whole block contains a linear."""
-    linears = site.weights.block_linears
-    if site.kind is UnitKind.LAYER or name in linears:
-        return True
-    return not linears and name.startswith(f"{site.name.partition(':')[0]}.")
-
-
-def _other_attention_params(model: nn.Module, sites: Sequence[Site]) -> int:
-    """Parameters in the attention module that no unit owns, such as norms of queries and keys."""
-    groups = next((site for site in sites if site.kind is UnitKind.KV_GROUP), None)
-    if groups is None:
-        return 0
-    all_params = sum(parameter.numel() for parameter in model.get_submodule(groups.name).parameters())
-    return all_params - sum(site.params for site in sites if site.kind.is_head)
+            yield LinearShape(rows, columns, row_owners, column_owners, tuple(enclosing))

@@ -196,14 +196,10 @@ def _filled_rows(sheet: Any) -> Iterator[tuple[int, list[str]]]:
         cells_read += len(cells)
         if line > MAX_SHEET_ROWS or cells_read > MAX_SHEET_CELLS:
             raise ValueError(f"more than {MAX_SHEET_ROWS:,} rows or {MAX_SHEET_CELLS:,} cells")
-        if any(texts := [_cell_text(cell) for cell in cells]):
+        # Excel has no other numbers than floats.
+        whole = (int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in cells)
+        if any(texts := ["" if cell is None else str(cell) for cell in whole]):
             yield line, texts
-
-
-def _cell_text(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # Excel has no other numbers
-    return "" if value is None else str(value)
 
 
 def _distinct(names: Iterable[str], path: Path) -> list[str]:

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.data.columns import ColumnMapping
 from prunetune.data.records import LOSS_FIELDS
+from prunetune.data.templates import ColumnMapping
 from prunetune.errors import DataError
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 

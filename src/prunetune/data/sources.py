@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from prunetune.config.recipe import DataConfig
 from prunetune.config.recipe_paths import MAX_DEEP_STARS
-from prunetune.data.columns import ColumnMapping
 from prunetune.data.demo import read_demo
 from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
 from prunetune.data.records import Record, record_from_row, unusable_rows
 from prunetune.data.shapes import ShapedRow, shape_row
+from prunetune.data.templates import ColumnMapping
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
 from prunetune.utils.redaction import SHOW_ALL, Redaction
@@ -144,7 +144,10 @@ def read_records_with_notes(
         shapes[row.written][shaped.shape] += 1
         unused[row.written].update(shaped.unused if redaction.samples else ["other columns"] * bool(shaped.unused))
     if bad:
-        _refuse_or_drop(bad, len(records), config, split, redaction)
+        total = len(bad) + len(records)
+        if config.bad_rows == "error" or not records:
+            raise unusable_rows(bad, total, "; data.bad_rows=drop leaves such rows out" if records else "")
+        log.warning("data.%s leaves bad rows out: %s", split, redaction.message(unusable_rows(bad, total)))
     names = [name for counts in shapes.values() for name in counts]
     if mapping and split == "train" and names and not any(name.startswith("mapped") for name in names):
         raise DataError(
@@ -164,26 +167,19 @@ def _note(shapes: Counter[str], unused: Counter[str]) -> str:
     return "; ".join(parts)
 
 
-def _refuse_or_drop(
-    bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName, redaction: Redaction
-) -> None:
-    """Log the rows that are left out, or raise `DataError`: how many, and what is wrong with the first ones."""
-    advice = "; data.bad_rows=drop leaves such rows out" if good else ""
-    if config.bad_rows == "error" or not good:
-        raise unusable_rows(bad, len(bad) + good, advice)
-    log.warning("data.%s leaves bad rows out: %s", split, redaction.message(unusable_rows(bad, len(bad) + good)))
-
-
 def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[SourceRow, ...]:
     """The rows of all sources, in order, with fields unchecked; see `read_records`."""
-    rows = tuple(
-        SourceRow(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
-        for row in _rows(sources, config, split)
-    )
+    rows = []
+    for row in _rows(sources, config, split):
+        if isinstance(row, Record):  # of the demo, as the row it would have been in a file
+            texts = {"prompt": row.prompt, "completion": row.completion}
+            fields = {**texts, "choices": list(row.choices), "answer": row.answer}
+            row = SourceRow(fields, row.source, row.id, row.task, row.weight)
+        rows.append(row)
     unreadable = next((row.fields for row in rows if isinstance(row.fields, DataError)), None)
     if unreadable is not None:
         raise unreadable
-    return rows
+    return tuple(rows)
 
 
 def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
@@ -201,12 +197,6 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
                 yield from _file_rows(path, tasks[path], source)
         else:
             yield from _hub_rows(source, split)
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    """A record of the demo as the row it would have been in a file."""
-    texts = {"prompt": record.prompt, "completion": record.completion}
-    return {**texts, "choices": list(record.choices), "answer": record.answer}
 
 
 def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
@@ -263,28 +253,21 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     loaded_split, rows = _load_hub_split(match["name"], match["config"], splits, source.path, match["revision"])
     where, task = f"{re.split('[@#]', source.path)[0]}@{loaded_split}", match["name"].rpartition("/")[2]
     number = 0
-    for number, row in enumerate(_iterate_or_raise(rows, where), 1):
-        id, fields = f"{where}:{number}", without_nulls(row)
-        yield SourceRow(fields, id, id, task, source.weight, written=source.path)
-    if not number:
-        raise DataError(f"{where}: empty; a data set needs at least one row")
-
-
-def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
-    """All rows; raises `DataError` if reading fails in the middle: a part of a data set is another data set."""
-    number = 0
     while True:
         try:
             row = next(rows)
         except StopIteration:
-            return
-        except Exception as broken:  # the hub, the network or a parser
+            break
+        except Exception as broken:  # the hub, the network or a parser: a part of a data set is another data set
             reason = _one_line(broken)
             raise DataError(
                 f"{where}: reading failed after {number} rows: {reason}; run it again, or resume the run", quoted=reason
             ) from broken
         number += 1
-        yield row
+        id = f"{where}:{number}"
+        yield SourceRow(without_nulls(row), id, id, task, source.weight, written=source.path)
+    if not number:
+        raise DataError(f"{where}: empty; a data set needs at least one row")
 
 
 def _load_hub_split(

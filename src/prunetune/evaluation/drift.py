@@ -57,11 +57,6 @@ class Continuation:
     is_chat: bool
     text: str
 
-    @property
-    def is_declined(self) -> bool:
-        """Whether it is a request that the untuned model declines."""
-        return self.asked.kind == DECLINE and is_refusal(self.text)
-
 
 @dataclass(frozen=True)
 class NextTokens:
@@ -133,7 +128,7 @@ def measure_drift(
         kl = kl_of_top(known.logprobs, _logprobs(logits, known.top_ids.to(logits.device))).mean()
         same = (logits.argmax(-1).cpu() == known.choices).double().mean()
         scores[index] = {"kl": float(kl), "agreement": math.nan if kl.isnan() else float(same)}
-    declined = [index for index, said in enumerate(reference) if said.is_declined]
+    declined = [i for i, said in enumerate(reference) if said.asked.kind == DECLINE and is_refusal(said.text)]
     asked = [said.example.token_ids[: said.example.answer_start] for said in (reference[index] for index in declined)]
     answers = _answers(model, tokenizer, asked, max_tokens, is_chat=reference[0].is_chat)
     got = dict(zip(declined, (tokenizer.decode(answer, skip_special_tokens=True) for answer in answers), strict=True))

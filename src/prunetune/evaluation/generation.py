@@ -9,8 +9,14 @@ from typing import Any
 from transformers import GenerationConfig
 
 from prunetune.data.encoding import chat_stop_id
-from prunetune.evaluation.batching import MAX_LOGITS_PER_PASS, OnItemsDone, batch_by_length, left_pad
-from prunetune.evaluation.scoring_mode import has_plain_cache, vocab_size
+from prunetune.evaluation.scoring_mode import (
+    MAX_LOGITS_PER_PASS,
+    OnItemsDone,
+    batch_by_length,
+    has_plain_cache,
+    left_pad,
+    vocab_size,
+)
 
 
 def generate(

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
-from prunetune.evaluation.batching import (
+from prunetune.evaluation.scoring_mode import (
     MAX_LENGTH_RATIO,
     MAX_LOGITS_PER_PASS,
     OnItemsDone,
     PaddedBatch,
     batch_by_length,
+    has_plain_cache,
     left_pad,
     position_ids_from_mask,
+    vocab_size,
 )
-from prunetune.evaluation.scoring_mode import has_plain_cache, vocab_size
 from prunetune.model.lm_head import select_head_inputs
 
 Tokens = tuple[int, ...]
@@ -87,7 +88,10 @@ def _group_loglikelihoods(
         use_cache=bool(branches),
         logits_to_keep=1,
     )
-    totals = [_first_token_logprobs(output.logits[index, -1], question) for index, question in enumerate(group)]
+    totals: list[list[float]] = []  # at first the log-probability of each choice's first token
+    for index, asked in enumerate(group):
+        firsts = torch.tensor([choice[0] for choice in asked.choices], device=output.logits.device)
+        totals.append(output.logits[index, -1].float().log_softmax(-1)[firsts].tolist())
     vocabulary, width = vocab_size(model), prompts.input_ids.shape[1]
     for batch in batch_by_length(
         branches,
@@ -119,13 +123,6 @@ def build_branches(question_index: int, choices: Sequence[Tokens]) -> list[Choic
         if len(choice) > 1:
             choices_of[next(tokens for tokens in longest if tokens[: len(choice) - 1] == choice[:-1])].append(index)
     return [ChoiceBranch(question_index, tokens, tuple(indices)) for tokens, indices in choices_of.items()]
-
-
-def _first_token_logprobs(logits: Tensor, question: TokenizedQuestion) -> list[float]:
-    """Logits [vocabulary] -> the log-probability of each choice's first token."""
-    firsts = torch.tensor([choice[0] for choice in question.choices], device=logits.device)
-    values: list[float] = logits.float().log_softmax(-1)[firsts].tolist()
-    return values
 
 
 def _branch_logits(

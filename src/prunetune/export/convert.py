@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.export.checkpoint import WrittenCheckpoint, add_old_rope_keys, edit_json
+from prunetune.export.checkpoint import (
+    WrittenCheckpoint,
+    add_old_rope_keys,
+    edit_json,
+    kv_groups_validator,
+    shrink_config,
+)
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.source import ExportSource
-from prunetune.export.stock_config import kv_groups_validator, shrink_config
-from prunetune.model.per_layer_code import build_meta_model
-from prunetune.model.per_layer_config import width_option_names
+from prunetune.model.per_layer_code import build_meta_model, width_option_names
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
 from prunetune.pruning.sites import find_sites
@@ -68,16 +72,13 @@ def _copy_checkpoint(source: ExportSource, path: Path, dtype: torch.dtype) -> Ex
         with safe_open(file, framework="pt") as shard:
             tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
             metadata = shard.metadata()
-        save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, path / file.name, metadata)
+        tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+        save_file(tensors, path / file.name, metadata)
     for index in source.folder.glob("*.safetensors.index.json"):
         shutil.copyfile(index, path / index.name)
     source.copy_other_files(path)
     edit_json(path / "config.json", {"dtype": _dtype_name(dtype)})
     return _check_export(source, path, dtype, params, expected, str(source.config_json["architectures"][0]))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def padded_config(source: ExportSource) -> Any:

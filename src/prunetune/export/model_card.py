@@ -12,8 +12,7 @@ import yaml
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
-from prunetune.model.history import PruningRun
-from prunetune.model.license import LicenseInfo
+from prunetune.model.provenance import LicenseInfo, PruningRun
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, UnitKind, kept_params
 from prunetune.utils.untrusted import markdown_code, markdown_text

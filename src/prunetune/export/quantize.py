@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint, edit_json
 from prunetune.export.result import ExportResult, RuntimeCheck
-from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
+from prunetune.export.selfcheck import compare_logits, compute_logits, reopen_in_fresh_process
 from prunetune.export.source import ExportSource
 from prunetune.model.per_layer_code import build_meta_model
 from prunetune.utils.optional import require_installed
@@ -108,21 +108,8 @@ def export_quantized(source: ExportSource, path: Path, kind: str) -> ExportResul
     rounding_error = 0.0
     if source.dtype != torch.float32:  # torchao's tensors compute in the dtype that they are stored in
         rounded = compute_logits(source.load_model(source.dtype), source.probe_tokens())
-        rounding_error = _relative_error(rounded, expected)
+        rounding_error, _ = compare_logits(rounded, expected)
     path.mkdir()
-    _write(source, path, scheme, linears)
-    return ExportResult(
-        path=path,
-        format=str(source.config_json["architectures"][0]),
-        dtype=f"{kind} ({scheme.package})",
-        params=source.params,
-        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
-        checks=(_check_quantized(source, path, scheme, expected, rounding_error),),
-        notes=(f"opens where {scheme.package} is installed", *filter(None, (skipped_note,))),
-    )
-
-
-def _write(source: ExportSource, path: Path, scheme: QuantizationScheme, linears: QuantizableLinears) -> None:
     meta_model = build_meta_model(source.config)
     # transformers skips the head by itself only if no other module is named.
     head = [name for name, module in meta_model.named_modules() if module is meta_model.get_output_embeddings()]
@@ -133,21 +120,9 @@ def _write(source: ExportSource, path: Path, scheme: QuantizationScheme, linears
     source.copy_other_files(path)
     saved = model.config.quantization_config
     edit_json(path / "config.json", {"quantization_config": saved if isinstance(saved, dict) else saved.to_dict()})
-
-
-def _relative_error(logits: Tensor, expected: Tensor) -> float:
-    """The root mean square error as a share of the expected logits' root mean square."""
-    return float((logits - expected).norm() / expected.norm())
-
-
-def _check_quantized(
-    source: ExportSource, path: Path, scheme: QuantizationScheme, expected: Tensor, rounding_error: float
-) -> RuntimeCheck:
-    """Open the model in a fresh process; raises `SelfCheckFailed` if its logits are far from those `expected`."""
+    del model  # its memory is free before the written one is opened
     written = WrittenCheckpoint(path, "", source.layout, source.layout == "per-layer", 0, 0)
-    logits = reopen_in_fresh_process(written, source.probe_tokens())["logits"]
-    error = _relative_error(logits, expected)
-    same = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    error, same = compare_logits(reopen_in_fresh_process(written, source.probe_tokens())["logits"], expected)
     detail = f"{100 * error:.2f}% root mean square error of logits, {100 * same:.0f}% of most likely tokens equal"
     if rounding_error:
         dtype = str(source.dtype).removeprefix("torch.")
@@ -155,4 +130,13 @@ def _check_quantized(
     limit = scheme.max_error + rounding_error
     if not error <= limit:  # NaN fails too
         raise SelfCheckFailed(f"{path}: {detail} against the unquantised model (limit {100 * limit:.0f}%)")
-    return RuntimeCheck(f"transformers {version('transformers')}, {scheme.package} {version(scheme.package)}", detail)
+    runtime = f"transformers {version('transformers')}, {scheme.package} {version(scheme.package)}"
+    return ExportResult(
+        path=path,
+        format=str(source.config_json["architectures"][0]),
+        dtype=f"{kind} ({scheme.package})",
+        params=source.params,
+        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        checks=(RuntimeCheck(runtime, detail),),
+        notes=(f"opens where {scheme.package} is installed", *filter(None, (skipped_note,))),
+    )

@@ -61,6 +61,12 @@ def compute_logits(model: Any, tokens: Tensor) -> Tensor:
     return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()  # type: ignore[no-any-return]
 
 
+def compare_logits(logits: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Root mean square error as a share of the expected logits' root mean square; share of equal most likely tokens."""
+    same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    return float((logits - expected).norm() / expected.norm()), float(same)
+
+
 def check_checkpoint(
     written: WrittenCheckpoint, tokens: Tensor, expected: Tensor, *, streamed: bool = False
 ) -> SelfCheck:

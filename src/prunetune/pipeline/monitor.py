@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,18 +13,16 @@ import torch
 
 from prunetune.config.recipe import EvaluateConfig, RunConfig
 from prunetune.config.score_limits import QUALITY, ScoreLimit
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.item_subset import stable_sample
-from prunetune.evaluation.kept_quality import kept_quality
-from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.results import Evaluation, Score, higher_is_better
 from prunetune.evaluation.score_records import evaluate
-from prunetune.evaluation.statistics import perplexity
+from prunetune.evaluation.statistics import paired_difference, perplexity
 from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.runs.folder import TUNING_STAGE
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size
@@ -63,7 +61,8 @@ class ValidationMonitor:
         if is_judged and self.reference is not None:
             shares = kept_quality(self.score_valid(model), self.reference, self.context.config.budget.quality_of)
             least = min(shares, key=lambda name: (not math.isnan(shares[name]), shares[name]))
-            log.info("quality %.3f, of %s: %s", shares[least], least, _listed(shares))
+            listed = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            log.info("quality %.3f, of %s: %s", shares[least], least, listed)
             scores[QUALITY] = shares[least]
         return scores
 
@@ -102,10 +101,6 @@ def score_limits(config: RunConfig) -> tuple[ScoreLimit, ...]:
     if not config.budget.quality:
         return limits
     return (*limits, ScoreLimit(QUALITY, ">=", config.budget.quality, is_relative=False, action="roll-back"))
-
-
-def _listed(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
 
 
 def aggregate_scores(evaluation: Evaluation) -> dict[str, float]:
@@ -235,3 +230,49 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
             kept=kept,
         ),
     }
+
+
+# -- what a model keeps of a reference's quality, each score with the benefit of one standard error --------------------
+
+MEAN_LOSS = "nll"  # over all tasks with answers, weighing the same
+
+
+def kept_quality(evaluation: Evaluation, reference: Evaluation, names: Sequence[str] = ()) -> dict[str, float]:
+    """Share of the reference's score that is kept, 1 = all, of the mean loss and of each task's accuracy or else loss.
+
+    Keys are "nll" and such as "triage.accuracy"; `names` are other keys, or tasks. A score below the reference's first
+    moves towards it by the standard error of their paired difference. Shares of a loss are the reference's divided by
+    the model's. Raises `ConfigError` for a name that is no such score, and where there is none at all.
+    """
+    shares: dict[str, float] = {}
+    own: dict[str, str] = {}  # of each task, the key of the score that stands for it
+    losses: list[Score] = []
+    for task, result in evaluation.tasks.items():
+        theirs = reference.tasks[task]
+        for metric in ("accuracy", "nll"):
+            if metric in result.scores:
+                found = paired_difference(result, theirs, metric)
+                shares[f"{task}.{metric}"] = _share(theirs.scores[metric].value, found, metric)
+                own.setdefault(task, f"{task}.{metric}")
+                losses += [found] if metric == "nll" else []
+    if losses:
+        error = math.hypot(*(loss.se for loss in losses)) / len(losses)
+        mean = Score(math.fsum(loss.value for loss in losses) / len(losses), error, len(losses))
+        shares[MEAN_LOSS] = _share(reference.mean_nll(), mean, "nll")
+    wanted = [own.get(name, name) for name in names] or [*own.values(), *([MEAN_LOSS] if losses else [])]
+    unknown = [name for name in wanted if name not in shares]
+    if unknown or not wanted:
+        known = ", ".join((*shares, *own)) or "nothing: it has no row with an answer"
+        raise ConfigError(f"budget.quality_of: {', '.join(unknown) or 'a score'} is wanted, and valid scores {known}")
+    return {name: shares[name] for name in wanted}
+
+
+def _share(reference: float, difference: Score, metric: str) -> float:
+    """The share of a reference's score that is kept by one that differs; nan over zero."""
+    sign = 1 if higher_is_better(metric) else -1
+    gain = sign * difference.value
+    if gain < 0 and math.isfinite(difference.se):
+        gain = min(0.0, gain + difference.se)
+    kept = reference + sign * gain
+    above, below = (kept, reference) if sign > 0 else (reference, kept)
+    return above / below if below else math.nan

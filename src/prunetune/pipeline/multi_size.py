@@ -51,9 +51,8 @@ from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
 from prunetune.utils.console import make_console
-from prunetune.utils.determinism import deterministic
+from prunetune.utils.determinism import derive_seed, deterministic
 from prunetune.utils.launch import rank_and_world_size
-from prunetune.utils.seeds import derive_seed
 
 
 def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:

@@ -22,7 +22,6 @@ from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.speed import measure_speed
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
-from prunetune.data.encoding import Example
 from prunetune.data.sources import SplitName
 from prunetune.errors import DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
@@ -30,7 +29,7 @@ from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
 from prunetune.model.adapter_folder import write_adapter_folder
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
-from prunetune.pipeline.card_facts import rewrite_card
+from prunetune.pipeline.finish import rewrite_card
 from prunetune.pipeline.monitor import ValidationMonitor
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.recording import record_timing, record_training
@@ -40,18 +39,18 @@ from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.forward import Teacher, base_teacher
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.parallel.ranks import SINGLE_PROCESS
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.schedule import build_schedule, one_cut_schedule
-from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
+from prunetune.utils.determinism import derive_seed
 from prunetune.utils.files import expand_path, json_digest, write_text
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.seeds import derive_seed
 from prunetune.utils.untrusted import parse_json, read_text
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
@@ -196,10 +195,13 @@ def make_job(
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
     config, valid = context.config, context.encoded["valid"].examples
     batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
-    streams = {
-        split: BatchStream(_with_distill_texts(context, split, teacher), size, derive_seed(config.seed, split))
-        for split, size in batch_sizes.items()
-    }
+    streams = {}
+    for split, size in batch_sizes.items():
+        examples = context.encoded[split].examples
+        if teacher is not None and "texts" in context.encoded:  # a share of texts on which only distillation counts
+            texts = context.encoded["texts"].examples
+            examples += unlabelled_examples(texts, examples, config.data.distill_texts_share)
+        streams[split] = BatchStream(examples, size, derive_seed(config.seed, split))
     return TrainingJob(
         model=model,
         sites=context.sites,
@@ -226,14 +228,6 @@ def plain_lora_config(context: RunContext) -> RunContext:
     lora = replace(lora, rank=lora.dense_rank, alpha=lora.alpha * lora.dense_rank / lora.rank)
     train = replace(context.config.train, weights="adapters", optimizer="adamw")
     return replace(context, config=replace(context.config, lora=lora, train=train))
-
-
-def _with_distill_texts(context: RunContext, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
-    """The examples of a split and, where there is a teacher, a share of texts on which only distillation counts."""
-    examples, share = context.encoded[split].examples, context.config.data.distill_texts_share
-    if teacher is None or "texts" not in context.encoded:
-        return examples
-    return examples + unlabelled_examples(context.encoded["texts"].examples, examples, share)
 
 
 def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any]) -> TeacherFactory:

@@ -111,10 +111,6 @@ def _map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
-def _gate_block(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    return [model.get_submodule(site.gated_module).register_forward_hook(_scale_output(gate))]
-
-
 def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
     """Interpolate between the layer's input (gate 0) and its output (gate 1), exact at both ends.
 
@@ -131,5 +127,10 @@ def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
 
 GATE_FUNCTIONS: Mapping[str, GateFunction] = {
-    "output": _gate_block, "layer": _gate_layer, "router": gate_router, "expert columns": gate_expert_columns,
-}  # fmt: skip
+    "output": lambda model, site, gate: [
+        model.get_submodule(site.gated_module).register_forward_hook(_scale_output(gate))
+    ],
+    "layer": _gate_layer,
+    "router": gate_router,
+    "expert columns": gate_expert_columns,
+}

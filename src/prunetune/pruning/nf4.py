@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, set_axis_size
+from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, replace_module, set_axis_size
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site
-from prunetune.pruning.whole_blocks import replace_module
 from prunetune.utils.optional import require_installed
 
 NF4_BLOCK_SIZE = 64  # weights that share a scale
@@ -40,12 +39,16 @@ class NF4Linear(nn.Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, cut_axis: int, dtype: torch.dtype) -> None:
         """Quantise a weight [out, in]; `dtype` is that of the arithmetic."""
+        from bitsandbytes.functional import quantize_4bit
+
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.cut_axis, self.dtype = cut_axis, dtype
-        packed, scales = _quantize(weight if cut_axis == ROWS else weight.t())
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
+        weight = weight if cut_axis == ROWS else weight.t()  # [L, length]
+        padded = F.pad(weight, (0, -weight.shape[1] % NF4_BLOCK_SIZE)).contiguous()
+        packed, state = quantize_4bit(padded, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
+        self.register_buffer("packed", packed.view(len(weight), -1))
+        self.register_buffer("scales", state.absmax.float().view(len(weight), -1))
         self.bias: Any = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
@@ -107,15 +110,6 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         return upstream[0] @ ctx.linear.weight, None
-
-
-def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a weight [L, length]: what `NF4Linear` holds as `packed` and `scales`."""
-    from bitsandbytes.functional import quantize_4bit
-
-    padded = F.pad(weight, (0, -weight.shape[1] % NF4_BLOCK_SIZE)).contiguous()
-    packed, state = quantize_4bit(padded, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
-    return packed.view(len(weight), -1), state.absmax.float().view(len(weight), -1)
 
 
 def cut_axes(model: nn.Module, sites: Iterable[Site]) -> Mapping[str, int]:

@@ -60,7 +60,10 @@ def cut_sharing_weights(
         shared = [site for site in losing if _shares_weights(weight_owner, model, site)]
         cut_linears(model, plan, sites=layer_sites)
         for site in shared:
-            kept, units = plan.kept[site.name], _units_of_owner(site, before)
+            kept, units = plan.kept[site.name], list(range(site.units))
+            if before is not None:  # the dense model's units in the order that earlier cuts have given the owner
+                left = before.kept[site.name]
+                units = [*left, *(~kept_mask(left, before.units[site.name])).nonzero().flatten().tolist()]
             removed = sorted(set(range(len(units))) - set(kept), key=units.__getitem__)
             for linear_slice, axis in site.linear_slices():
                 order = linear_slice.indices((*kept, *removed), len(units))
@@ -93,14 +96,6 @@ def _shares_weights(weight_owner: nn.Module, model: nn.Module, site: Site) -> bo
         if any(getattr(linear, name).data_ptr() != getattr(owned, name).data_ptr() for name in _weight_names(linear)):
             return False
     return True
-
-
-def _units_of_owner(site: Site, before: Plan | None) -> list[int]:
-    """The dense model's units of a site in the order that earlier cuts have given the weight owner."""
-    if before is None:
-        return list(range(site.units))
-    kept = before.kept[site.name]
-    return [*kept, *(~kept_mask(kept, before.units[site.name])).nonzero().flatten().tolist()]
 
 
 def _weight_names(linear: Any) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,34 +33,24 @@ def unit_weights(model: Any, site: Site) -> list[UnitWeight]:
             for name in modules
             for parameter in model.get_submodule(name).parameters()
         ]
-    weights = []
-    for linear_slice, axis in site.linear_slices():
-        linear = get_base_linear(model, linear_slice.module)
-        sum_per_unit = _linear_sums(linear_slice, site.units, linear, axis)
-        weights.append(UnitWeight(linear.weight, sum_per_unit))
-        if axis == ROWS and linear.bias is not None:
-            weights.append(UnitWeight(linear.bias, sum_per_unit))
-    for param in site.weights.params:
-        weights.append(UnitWeight(model.get_parameter(param.parameter), _param_sums(param, site)))
-    return weights
 
-
-def _linear_sums(linear_slice: LinearSlice, units: int, linear: Any, axis: int) -> Callable[[Tensor], Tensor]:
-    def sum_per_unit(values: Tensor) -> Tensor:
+    def of_linear(values: Tensor, linear_slice: LinearSlice, linear: Any, axis: int) -> Tensor:
         rows = as_out_in(linear, values) if axis == ROWS else as_out_in(linear, values).t()
         sums = rows.sum(1, dtype=torch.float64) if rows.dim() > 1 else rows.double()
-        return linear_slice.sum_per_unit(sums.cpu(), units)
+        return linear_slice.sum_per_unit(sums.cpu(), site.units)
 
-    return sum_per_unit
-
-
-def _param_sums(param: ParamSlice, site: Site) -> Callable[[Tensor], Tensor]:
-    rows = LinearSlice(param.parameter, param.part_sizes)
-
-    def sum_per_unit(values: Tensor) -> Tensor:
-        groups = values.double().cpu()
+    def of_param(values: Tensor, param: ParamSlice) -> Tensor:
+        groups, rows = values.double().cpu(), LinearSlice(param.parameter, param.part_sizes)
         groups, axis = (groups[None], param.axis + 1) if param.parent_groups == 1 else (groups, param.axis)
         units = site.units // param.parent_groups
         return torch.cat([rows.sum_per_unit(group, units) for group in groups.moveaxis(axis, 1)])
 
-    return sum_per_unit
+    weights = []
+    for linear_slice, axis in site.linear_slices():
+        linear = get_base_linear(model, linear_slice.module)
+        sum_per_unit = partial(of_linear, linear_slice=linear_slice, linear=linear, axis=axis)
+        biases = [linear.bias] if axis == ROWS and linear.bias is not None else []
+        weights += [UnitWeight(parameter, sum_per_unit) for parameter in (linear.weight, *biases)]
+    for param in site.weights.params:
+        weights.append(UnitWeight(model.get_parameter(param.parameter), partial(of_param, param=param)))
+    return weights

@@ -59,11 +59,6 @@ class UnitKind(StrEnum):
         return self in (UnitKind.LAYER, UnitKind.ATTENTION_BLOCK)
 
     @property
-    def removes_mlp(self) -> bool:
-        """Whether a whole block of this kind takes the layer's MLP, or its experts, along."""
-        return self in (UnitKind.LAYER, UnitKind.MLP_BLOCK)
-
-    @property
     def is_head(self) -> bool:
         """Whether units are attention heads: KV groups, or query heads inside them."""
         return self in (UnitKind.KV_GROUP, UnitKind.QUERY_HEAD)
@@ -208,11 +203,6 @@ class Site:
         end = f".{self.layer}"
         return self.name[: f"{self.name}.".replace(":", ".").index(f"{end}.") + len(end)]
 
-    @property
-    def has_linear_slices(self) -> bool:
-        """Whether its units are rows and columns of linears, where adapters are cut along."""
-        return bool(self.linear_slices())
-
     def linear_slices(self) -> tuple[tuple[LinearSlice, int], ...]:
         """(slice, axis) of every linear that loses rows or columns with a unit."""
         weights = self.weights
@@ -311,3 +301,17 @@ def closed_fractions(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict
 def effective_layout(layout: str, sites: Sequence[Site]) -> str:
     """The layout asked for, but "uniform" where only whole layers can be pruned: equal layers are left."""
     return "uniform" if all(site.kind is UnitKind.LAYER for site in sites) else layout
+
+
+def prunable_params(sites: Iterable[Site]) -> int:
+    """Prunable parameters of the dense model."""
+    return sum(site.params for site in sites)
+
+
+def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
+    """Share of the prunable parameters, or of the units' prices, that gates keep: differentiable scalar in [0, 1]."""
+    sites = tuple(sites)
+    gates = effective_gates(gates, sites)
+    unit_prices = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
+    kept = torch.stack([gates[site.name].sum() * unit_prices[site.name] for site in sites]).sum()
+    return kept / sum(site.units * unit_prices[site.name] for site in sites)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from prunetune.config.quantities import format_amount_rounded_to_limit
+from prunetune.cost.budget_limits import BudgetLimit, BudgetLimits
 from prunetune.cost.deployment import Cost, total_cost
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site
+from prunetune.pruning.masking import gates_from_plan
+from prunetune.pruning.units import Site, children_by_site, prunable_params
 from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import PlanConstraints, block_size, check_tensor_parallel, min_width
 from prunetune.search.uniform import min_uniform_widths, uniform_widths
@@ -176,3 +179,116 @@ class BudgetTracker:
     def _within_limits(self, totals: Sequence[float]) -> bool:
         limits = [limit * (1 + RELATIVE_TOLERANCE) for _, limit in self.cost_limits]
         return all(total <= limit for total, limit in zip(totals, limits, strict=True))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Hard gates of the dense model's units, and their plan once it is final."""
+
+    gates: Mapping[str, Tensor]  # {site: [U]}, each 0 or 1
+    plan: Plan | None = None
+
+    @classmethod
+    def from_plan(cls, plan: Plan, sites: Sequence[Site], device: torch.device | str = "cpu") -> Decision:
+        """The gates of a plan, with it."""
+        return cls(detach_to(gates_from_plan(plan, sites), device), plan)
+
+
+def detach_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """{site: [U]} detached and on a device, in one transfer instead of one per site."""
+    return split_like(values, torch.cat([value.detach() for value in values.values()]).to(device))
+
+
+def split_like(values: Mapping[str, Tensor], joined: Tensor) -> dict[str, Tensor]:
+    """A vector over all units, split into {site: [U]} of the same names and lengths."""
+    return dict(zip(values, torch.split(joined, [len(value) for value in values.values()]), strict=True))
+
+
+MIN_PRICE = 1e-3  # the least price of a unit, times its parameters: scores are divided by prices
+
+
+def uniform_scores(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """{site: [U]}: scores under which every site keeps about the same share of its units."""
+    return {
+        site.name: -((torch.arange(site.units) % site.units_per_group) + 0.5) / site.units_per_group for site in sites
+    }
+
+
+def with_limits(
+    constraints: PlanConstraints, sites: Sequence[Site], budgets: Sequence[BudgetLimit], requested_keep: float
+) -> PlanConstraints:
+    """The constraints with these budgets as limits; `requested_keep` is `budget.keep`, 1 where it was not given.
+
+    Raises `PlanError` with the nearest feasible amount if no plan meets one of them, and if the dense model meets all.
+    """
+    nested_sites = NestedSites(sites)
+    lowest = nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), nested_sites.sites)
+    for budget in budgets:
+        least = budget.cost(lowest)
+        if least > budget.limit * (1 + RELATIVE_TOLERANCE):
+            side = "above" if budget.kind == "throughput" else "below"
+            nearest = format_amount_rounded_to_limit(budget.to_amount(least), budget.kind)
+            raise PlanError(
+                f"budget.{budget.kind} {budget.format_cost(budget.limit)} is {side} what is feasible "
+                f"({nearest}; dense {budget.format_cost(budget.dense_cost)}) for layout {constraints.layout} with "
+                f"budget.align {constraints.align}: state that, or lower budget.align, budget.min_groups or "
+                "budget.min_share"
+            )
+    if requested_keep >= 1 and all(budget.is_met_by_dense for budget in budgets):
+        first = budgets[0]
+        raise PlanError(
+            f"budget.{first.kind} {first.format_cost(first.limit)} is met by the dense model "
+            f"({first.format_cost(first.dense_cost)}), so nothing would have to be pruned: "
+            f"state {'more' if first.kind == 'throughput' else 'less'} than that"
+        )
+    prices_with_children = _prices_with_children(nested_sites, constraints, budgets)
+    child_sites, prices = children_by_site(sites), {}  # of units without the units that they contain
+    for site in sites:
+        children = child_sites.get(site.name, ())
+        inside = sum(child.units // site.units * prices_with_children[child.name] for child in children)
+        prices[site.name] = max(prices_with_children[site.name] - inside, MIN_PRICE)
+    limits = BudgetLimits(tuple(budgets), requested_keep, 0.0, 0.0, prices, prices_with_children)
+    plan = select(uniform_scores(sites), sites, 0.0, replace(constraints, limits=limits))
+    feasible_keep = _kept_share(plan, {site.name: site.unit_params for site in sites})
+    limits = replace(limits, feasible_keep=feasible_keep, feasible_price_share=_kept_share(plan, prices))
+    return replace(constraints, limits=limits)
+
+
+def _kept_share(plan: Plan, prices: Mapping[str, float]) -> float:
+    """Price of the kept units over that of all units."""
+    kept = sum(len(units) * prices[site] for site, units in plan.kept.items())
+    return float(kept / sum(count * prices[site] for site, count in plan.units.items()))
+
+
+def _prices_with_children(
+    nested_sites: NestedSites, constraints: PlanConstraints, budgets: Sequence[BudgetLimit]
+) -> dict[str, float]:
+    """{site: price of a unit and all that it contains}, as parameters that cost the budgets as much.
+
+    A budget weighs as much as the share of the dense cost that it asks to remove, so one that the dense model meets
+    does not count, unless it meets all.
+    """
+    removals = [max(0.0, 1 - budget.limit / budget.dense_cost) for budget in budgets]
+    removals = removals if any(removals) else [1.0] * len(budgets)
+    all_params = sum(site.params for site in nested_sites.sites)
+    prices = {site.name: 0.0 for site in nested_sites.sites}
+    for budget, removal in zip(budgets, removals, strict=True):
+        cost = max(budget.costs, key=lambda cost: total_cost(cost, cost.dense_shape.dense_counts()))
+        unit_costs = {site.name: _mean_unit_cost(nested_sites, site, constraints, cost) for site in nested_sites.sites}
+        prunable_cost = sum(site.units * unit_costs[site.name] for site in nested_sites.sites if not site.parent)
+        for name, unit_cost in unit_costs.items():
+            prices[name] += removal / sum(removals) * unit_cost * all_params / prunable_cost if prunable_cost else 0.0
+    total_params = {site.name: site.total_unit_params for site in nested_sites.sites}
+    return {name: max(price, MIN_PRICE * total_params[name], MIN_PRICE) for name, price in prices.items()}
+
+
+def _mean_unit_cost(nested_sites: NestedSites, site: Site, constraints: PlanConstraints, cost: Cost) -> float:
+    """Mean cost of a unit with all that it contains, between the dense width and the least."""
+    layer_sites = [other for other in nested_sites.sites if other.layer == site.layer]
+    widths = {other.name: other.units_per_group for other in layer_sites}
+    unprotected = replace(constraints, protected=frozenset())
+    narrowest = 0 if site.kind.is_whole_block else min(min_width(site, unprotected), site.units_per_group - 1)
+    dense = nested_sites.kept_unit_counts(widths, layer_sites)
+    narrow = nested_sites.kept_unit_counts({**widths, site.name: narrowest}, layer_sites)
+    saved = cost.layer_cost(site.layer, dense) - cost.layer_cost(site.layer, narrow)
+    return saved / (dense[site.name] - narrow[site.name])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunetune.errors import PlanError, RunFolderError
-from prunetune.model.identity import ModelIdentity
+from prunetune.model.provenance import ModelIdentity
 from prunetune.plan import Plan
 from prunetune.utils.files import atomic_folder, json_digest, sha256, write_text
 from prunetune.utils.untrusted import parse_json, read_text

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.failures import first_line, is_gpu_fault
+from prunetune.utils.threads import CAPTURE_LOCK
 
 
 class OwnStream:

@@ -16,9 +16,9 @@ from prunetune.plan import Plan
 from prunetune.pruning.units import Site
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
+from prunetune.train.forward import Teacher
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import Schedule
-from prunetune.train.teacher import Teacher
 from prunetune.utils.json_lines import JsonObject
 
 

@@ -16,7 +16,7 @@ import torch
 from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
 from prunetune.train.passes import Passes
-from prunetune.utils.capture_lock import CAPTURE_LOCK
+from prunetune.utils.threads import CAPTURE_LOCK
 
 log = logging.getLogger(__name__)
 

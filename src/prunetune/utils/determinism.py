@@ -1,7 +1,8 @@
-"""Deterministic kernels: the same seed on the same machine gives the same bits, on a GPU too."""
+"""Seeds of everything random, and deterministic kernels: the same bits on the same machine, on a GPU too."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,3 +61,9 @@ def _raise_explained(refused: RuntimeError) -> None:
             f"deterministic: {message.split()[0]} has no deterministic form on this device, and this model needs it: "
             "leave deterministic out"
         ) from refused
+
+
+def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """A 63-bit seed, different for each purpose and step, so that no generator's state has to be saved."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -47,14 +47,8 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     """Write the keys; returns a note on their origin. Raises `ModelError` if llama.cpp cannot open the tokenizer."""
     base = gguf_file(source.base) if source.base else None
-    if base is not None and base.is_file():
-        _copy_base_keys(writer, source, base)
-        return f"tokenizer keys of {base.name}"
-    return _write_from_tokenizer_json(writer, source)
-
-
-def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
-    """Copy all keys of the tokenizer from the GGUF file that the run started from."""
+    if base is None or not base.is_file():
+        return _write_from_tokenizer_json(writer, source)
     with reading_model_files(f"{base}: cannot be read as GGUF", "check the file or fetch it again"):
         reader = gguf.GGUFReader(base)
     fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
@@ -63,6 +57,7 @@ def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -
         raise ModelError(f"{base} has {tokens} tokens and the model {source.config.vocab_size}: name the right base")
     for name, field in fields.items():
         writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    return f"tokenizer keys of {base.name}"
 
 
 def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
@@ -80,8 +75,13 @@ def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) ->
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if is_sentencepiece:
-        writer.add_token_scores(_merge_scores(values, tokens))
-        writer.add_add_space_prefix(_adds_space_prefix(values))
+        ranks: dict[str, int] = {}  # SentencePiece merges the pair with the best score first: minus the rank
+        for rank, merge in enumerate(values["model"]["merges"]):
+            ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
+        steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
+        prefixes = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
+        writer.add_add_space_prefix(any(prefix in steps for prefix in prefixes))
     special = gguf.SpecialVocab(source.folder, load_merges=not is_sentencepiece, n_vocab=len(tokens))
     if not is_sentencepiece and not special.merges:
         raise ModelError(
@@ -146,17 +146,3 @@ def _tokens_and_types(
             special = added[index]["special"]
             types[index] = int(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
     return tokens, types
-
-
-def _merge_scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
-    """Scores of tokens: SentencePiece merges the pair with the best score first, so the score is minus the rank."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(values["model"]["merges"]):
-        ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), rank)
-    return [-float(ranks.get(token, len(ranks))) for token in tokens]
-
-
-def _adds_space_prefix(values: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer puts a space before a text."""
-    steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
-    return '"Prepend"' in steps or '"prepend_scheme": "first"' in steps or '"prepend_scheme": "always"' in steps

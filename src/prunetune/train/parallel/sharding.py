@@ -17,9 +17,9 @@ from torch import distributed as dist
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.families import architecture_info
+from prunetune.pruning.linears import replace_module
 from prunetune.pruning.teacher_student_weights import cut_sharing_weights
 from prunetune.pruning.units import Site
-from prunetune.pruning.whole_blocks import replace_module
 from prunetune.train.parallel.ranks import Ranks
 
 # `cut_linears` of a model, sharded or not: the plan, the sites, and the plan that earlier cuts have left, if any.

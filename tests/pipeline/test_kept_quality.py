@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.kept_quality import kept_quality
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.evaluation.statistics import aggregate_items
+from prunetune.pipeline.monitor import kept_quality
 
 
 def task(name: str, **scores: list[float]) -> TaskResult:
