@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 from prunetune.data.records import Record
@@ -99,8 +100,4 @@ def drop_ambiguous(terms: Iterator[InclusionTerm]) -> tuple[list[InclusionTerm],
 def split_of_category(category: str) -> str:
     """The split of a category, by its hash: it never changes."""
     point = int(hashlib.sha256(f"demo {SALT} {category}".encode()).hexdigest(), 16) % 100
-    for name, share in SHARES.items():
-        if point < share:
-            return name
-        point -= share
-    raise AssertionError("the shares add up to 100")
+    return next(name for name, end in zip(SHARES, accumulate(SHARES.values()), strict=True) if point < end)

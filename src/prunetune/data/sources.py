@@ -194,7 +194,13 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
             yield from read_demo(split, source.weight)
         elif files[source]:
             for path in files[source]:
-                yield from _file_rows(path, tasks[path], source)
+                task, suffix, is_empty = tasks[path], data_suffix(path.name), True
+                for line, row in READERS[suffix](path):
+                    is_empty, id = False, f"{task}/{path.name}:{line}"
+                    typed = suffix not in UNTYPED
+                    yield SourceRow(row, f"{path}:{line}", id, task, source.weight, typed, source.path)
+                if is_empty:
+                    raise DataError(f"{path}: empty; a data file needs at least one row")
         else:
             yield from _hub_rows(source, split)
 
@@ -237,21 +243,33 @@ def _task_names(paths: set[Path]) -> dict[Path, str]:
     return {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
 
 
-def _file_rows(path: Path, task: str, source: Source) -> Iterator[SourceRow]:
-    suffix, is_empty = data_suffix(path.name), True
-    for line, row in READERS[suffix](path):
-        is_empty, id = False, f"{task}/{path.name}:{line}"
-        yield SourceRow(row, f"{path}:{line}", id, task, source.weight, suffix not in UNTYPED, source.path)
-    if is_empty:
-        raise DataError(f"{path}: empty; a data file needs at least one row")
-
-
 def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
-    splits = (match["split"],) if match["split"] else HUB_SPLITS[split]
-    loaded_split, rows = _load_hub_split(match["name"], match["config"], splits, source.path, match["revision"])
-    where, task = f"{re.split('[@#]', source.path)[0]}@{loaded_split}", match["name"].rpartition("/")[2]
+    name, config, splits = match["name"], match["config"], (match["split"],) if match["split"] else HUB_SPLITS[split]
+    try:
+        import datasets
+    except ModuleNotFoundError as missing:
+        raise MissingPackage(f"{source.path}: hub data sets need a package; run: pip install datasets") from missing
+    rows: Iterator[Any] | None = None
+    failure, at_revision = "", {"revision": match["revision"]} if match["revision"] else {}
+    for loaded_split in splits:  # the first that the data set has is read; no code that comes with it is run
+        try:
+            loaded = datasets.load_dataset(name, *([config] if config else []), split=loaded_split, **at_revision)
+            rows = iter(loaded)
+        except ValueError as unknown_split:
+            failure = failure or _one_line(unknown_split)
+            continue
+        except Exception as broken:  # the hub, the network or a parser: the user must see which name failed
+            failure = _one_line(broken)
+        break
+    if rows is None:
+        tried = f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}"
+        raise DataError(
+            f"{source.path}: no such file, and not to be had from the hub ({tried}): {failure}; "
+            "correct the name, or write owner/name:config@split#revision"
+        )
+    where, task = f"{re.split('[@#]', source.path)[0]}@{loaded_split}", name.rpartition("/")[2]
     number = 0
     while True:
         try:
@@ -268,33 +286,6 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
         yield SourceRow(without_nulls(row), id, id, task, source.weight, written=source.path)
     if not number:
         raise DataError(f"{where}: empty; a data set needs at least one row")
-
-
-def _load_hub_split(
-    name: str, config: str | None, splits: tuple[str, ...], written: str, revision: str | None = None
-) -> tuple[str, Iterator[Any]]:
-    """(name, rows) of the first of these splits that the data set has; `written` is the source as the user wrote it.
-
-    No code that comes with a data set is run. Raises `DataError` and `MissingPackage`.
-    """
-    try:
-        import datasets
-    except ModuleNotFoundError as missing:
-        raise MissingPackage(f"{written}: hub data sets need a package; run: pip install datasets") from missing
-    failure, at_revision = "", {"revision": revision} if revision else {}
-    for split in splits:
-        try:
-            return split, iter(datasets.load_dataset(name, *([config] if config else []), split=split, **at_revision))
-        except ValueError as unknown_split:
-            failure = failure or _one_line(unknown_split)
-        except Exception as broken:  # the hub, the network or a parser: the user must see which name failed
-            failure = _one_line(broken)
-            break
-    tried = f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}"
-    raise DataError(
-        f"{written}: no such file, and not to be had from the hub ({tried}): {failure}; "
-        "correct the name, or write owner/name:config@split#revision"
-    )
 
 
 def _one_line(error: Exception) -> str:

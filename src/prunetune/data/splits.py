@@ -57,8 +57,13 @@ def load_splits(config: DataConfig, seed: int, redaction: Redaction = SHOW_ALL) 
     """
     if not config.train:
         raise DataError("data.train names no source; name a file, a glob, a hub data set as owner/name, or demo")
-    sources = _configured_sources(config)
-    splits = {name: read_records(sources[name], config, name, redaction) for name in sources}
+    sources: dict[SplitName, Sequence[str]] = {
+        "train": config.train, "search": config.search, "valid": config.valid, "test": config.test,
+    }  # fmt: skip
+    if all(Source.parse(source).path == "demo" for source in config.train):  # it has all but texts, guard and general
+        sources = {name: own or ("demo",) for name, own in sources.items()}
+    sources |= {"texts": config.distill_texts, "guard": config.guard, "general": config.general}
+    splits = {name: read_records(own, config, name, redaction) for name, own in sources.items() if own}
     splits, dropped = _make_disjoint(splits, drop=config.overlap == "drop")
     shares = {"search": config.search_share, "valid": config.valid_share, "test": config.test_share}
     missing = {name: shares[name] for name in CARVED if name not in splits}
@@ -75,17 +80,6 @@ def load_splits(config: DataConfig, seed: int, redaction: Redaction = SHOW_ALL) 
         dropped += len(splits["texts"]) - len(texts)
         splits["texts"] = texts
     return Splits(**splits, dropped=dropped)
-
-
-def _configured_sources(config: DataConfig) -> dict[SplitName, Sequence[str]]:
-    """{split: sources} of the splits that have any; the demo has all but texts, guard and general."""
-    sources: dict[SplitName, Sequence[str]] = {
-        "train": config.train, "search": config.search, "valid": config.valid, "test": config.test,
-    }  # fmt: skip
-    if all(Source.parse(source).path == "demo" for source in config.train):
-        sources = {name: own or ("demo",) for name, own in sources.items()}
-    sources |= {"texts": config.distill_texts, "guard": config.guard, "general": config.general}
-    return {name: own for name, own in sources.items() if own}
 
 
 def _make_disjoint(

@@ -17,7 +17,6 @@ from prunetune.evaluation.scoring_mode import (
     MAX_LENGTH_RATIO,
     MAX_LOGITS_PER_PASS,
     OnItemsDone,
-    PaddedBatch,
     batch_by_length,
     has_plain_cache,
     left_pad,
@@ -101,7 +100,23 @@ def _group_loglikelihoods(
         ),
         max_length_ratio=MAX_LENGTH_RATIO,
     ):
-        logits = _branch_logits(model, batch, prompts, output.past_key_values, pad_id)
+        # Padded on the right: attention is causal, so no token of a branch sees the padding behind it.
+        longest = max(len(branch.tokens) for branch in batch)
+        padded = [[*branch.tokens, *[pad_id] * (longest - len(branch.tokens))] for branch in batch]
+        ids = torch.tensor(padded, device=prompts.input_ids.device)
+        owners = torch.tensor([branch.question_index for branch in batch], device=ids.device)
+        mask = torch.cat([prompts.attention_mask[owners], torch.ones_like(ids)], dim=1)
+        # A copy: the cache itself is unchanged, because a layer that grows makes new tensors.
+        cache = copy.copy(output.past_key_values)
+        cache.layers = [copy.copy(layer) for layer in output.past_key_values.layers]
+        cache.batch_select_indices(owners)
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids_from_mask(mask)[:, -longest:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
         for (question, choice), value in _later_token_logprobs(logits, batch, group).items():
             totals[question][choice] += value
     return [
@@ -123,30 +138,6 @@ def build_branches(question_index: int, choices: Sequence[Tokens]) -> list[Choic
         if len(choice) > 1:
             choices_of[next(tokens for tokens in longest if tokens[: len(choice) - 1] == choice[:-1])].append(index)
     return [ChoiceBranch(question_index, tokens, tuple(indices)) for tokens, indices in choices_of.items()]
-
-
-def _branch_logits(
-    model: Any, branches: Sequence[ChoiceBranch], prompts: PaddedBatch, cache: Any, pad_id: int
-) -> Tensor:
-    """Logits [branches, longest, vocabulary] after the cached prompts."""
-    owners = torch.tensor([branch.question_index for branch in branches], device=prompts.input_ids.device)
-    width = max(len(branch.tokens) for branch in branches)
-    # Padded on the right: attention is causal, so no token of a branch sees the padding behind it.
-    padded = [[*branch.tokens, *[pad_id] * (width - len(branch.tokens))] for branch in branches]
-    ids = torch.tensor(padded, device=owners.device)
-    mask = torch.cat([prompts.attention_mask[owners], torch.ones_like(ids)], dim=1)
-    # A copy: the cache itself is unchanged, because a layer that grows makes new tensors.
-    branch_cache = copy.copy(cache)
-    branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
-    branch_cache.batch_select_indices(owners)
-    logits: Tensor = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids_from_mask(mask)[:, -width:],
-        past_key_values=branch_cache,
-        use_cache=True,
-    ).logits
-    return logits
 
 
 def _later_token_logprobs(

@@ -66,7 +66,17 @@ def generate_code(values: Mapping[str, Any], folder: object) -> tuple[PerLayerNa
     names = PerLayerNames.from_model(model)
     kinds = _resized_kinds(values["per_layer_config"].values(), model)
     sites = find_sites(model, [kind.recipe_name for kind in kinds] or DEFAULT_UNITS)
-    lines = layer_lines(sites, names, model)
+    layers_by_lines: dict[tuple[str, ...], list[int]] = {}  # where layers are of several makes, by their index
+    for layer in range(len(architecture_info(model).layer_prefixes)):
+        own_sites = [site for site in sites if site.layer == layer]
+        statements = _layer_statements(own_sites, f"{names.base_attribute}.{names.layers_path}.{layer}", model)
+        layers_by_lines.setdefault(tuple(statements), []).append(layer)
+    lines = ["index = [*layers].index(layer)"]
+    for own_lines, layers in layers_by_lines.items():
+        if own_lines != ("pass",):
+            lines += [f"if index in {layers}:", *(f"    {line}" for line in own_lines)]
+    if len(layers_by_lines) == 1:
+        lines = list(*layers_by_lines)
     text = "".join(lines)
     mixture = get_family(model.config).mixture
     helpers = {
@@ -106,22 +116,6 @@ def _resized_kinds(layers: Iterable[Mapping[str, Any]], model: Any) -> set[UnitK
     kinds |= {UnitKind.KV_GROUP, UnitKind.ATTENTION_BLOCK} if "attention" in keys else set()
     kinds |= {UnitKind.MLP_BLOCK} if "mlp" in keys else set()
     return kinds - set(architecture_info(model).unprunable)
-
-
-def layer_lines(sites: Sequence[Site], names: PerLayerNames, model: Any) -> list[str]:
-    """The statements of the generated `resize` for one layer; where layers are of several makes, by their index."""
-    layers_by_lines: dict[tuple[str, ...], list[int]] = {}
-    for layer in range(len(architecture_info(model).layer_prefixes)):
-        own_sites = [site for site in sites if site.layer == layer]
-        statements = _layer_statements(own_sites, f"{names.base_attribute}.{names.layers_path}.{layer}", model)
-        layers_by_lines.setdefault(tuple(statements), []).append(layer)
-    if len(layers_by_lines) == 1:
-        return list(*layers_by_lines)
-    lines = ["index = [*layers].index(layer)"]
-    for own_lines, layers in layers_by_lines.items():
-        if own_lines != ("pass",):
-            lines += [f"if index in {layers}:", *(f"    {line}" for line in own_lines)]
-    return lines
 
 
 def _layer_statements(sites: Sequence[Site], layer: str, model: Any) -> list[str]:

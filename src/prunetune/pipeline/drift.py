@@ -6,7 +6,6 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from prunetune.errors import DataError
 from prunetune.evaluation.drift import continuations, load_prompts, measure_drift, predict_next_tokens
@@ -26,7 +25,16 @@ def evaluate_drift(context: RunContext, sizes: Sequence[RunContext] | None = Non
     Skipped where that can be read, and where `evaluate.drift` is off.
     """
     tokenizer, max_tokens = context.tokenizer, context.config.evaluate.max_tokens
-    runs = [run for run in ((context,) if sizes is None else sizes) if not _is_measured(run.folder.drift_file)]
+    runs = []
+    for run in (context,) if sizes is None else sizes:
+        file = run.folder.drift_file
+        try:
+            if file.exists():
+                Evaluation.from_json(read_text(file))
+                continue
+        except (OSError, ValueError, DataError) as broken:
+            log.warning("%s cannot be read (%s): it is measured again", file, broken)
+        runs.append(run)
     if not context.config.evaluate.drift or not runs:
         return
     with record_timing(context.folder, "drift"):
@@ -49,14 +57,3 @@ def evaluate_drift(context: RunContext, sizes: Sequence[RunContext] | None = Non
         tuned = {name: measure(context, name) for name in dense_model_names(context.config)[1:]}
         for run in runs:
             write_text(run.folder.drift_file, Evaluation(tuned | {"pruned": measure(run, "pruned")}).to_json())
-
-
-def _is_measured(file: Path) -> bool:
-    if not file.exists():
-        return False
-    try:
-        Evaluation.from_json(read_text(file))
-    except (OSError, ValueError, DataError) as broken:
-        log.warning("%s cannot be read (%s): it is measured again", file, broken)
-        return False
-    return True

@@ -23,8 +23,7 @@ from prunetune.config.quantities import format_amount, format_amount_rounded_to_
 from prunetune.config.recipe import BUDGET_KINDS, RunConfig, WorkloadConfig
 from prunetune.cost.budget_limits import TIMED_BUDGETS, BudgetLimits, costs_for_budget, make_budget_limits
 from prunetune.cost.deployment import max_cost
-from prunetune.cost.latency_table import LatencyTable
-from prunetune.cost.layer_shapes import ModelShape, model_shape
+from prunetune.cost.layer_shapes import model_shape
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.export.checkpoint import kv_groups_validator, mlp_width_option, write_checkpoint
 from prunetune.model.config_checks import is_multimodal
@@ -50,10 +49,37 @@ log = logging.getLogger(__name__)
 def make_plan_constraints(
     config: RunConfig, sites: tuple[Site, ...], model_config: Any, allows_groups: Callable[[int], bool] | None = None
 ) -> PlanConstraints:
-    """What plans are legal for this model and layout; `allows_groups` if the legal counts of KV groups are known."""
-    budget = config.budget
+    """What plans are legal for this model and layout; `allows_groups` if the legal counts of KV groups are known.
+
+    Raises `ConfigError` for constraints under which no checkpoint can be written.
+    """
+    budget, layers, kinds = config.budget, {site.layer for site in sites}, {site.kind for site in sites}
     align, protected = budget.align or default_align(sites), budget.protected_layers()
-    _raise_if_not_representable(config, sites, align, protected, model_config)
+    if protected - layers:
+        raise ConfigError(
+            f"budget.protect names layer {min(protected - layers)}, and there are {len(layers)}, counted from 0"
+        )
+    if UnitKind.EXPERT_CHANNEL in kinds and align % EXPERT_ROW_ALIGN:
+        raise ConfigError(
+            f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
+            f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
+        )
+    layout = effective_layout(config.layout, sites)
+    if is_multimodal(model_config) and layout != "uniform":
+        raise ConfigError(
+            f"layout per-layer is not written inside a multimodal model ({model_config.model_type}): set layout uniform"
+        )
+    check_layout(model_config.get_text_config(), budget.units, layout)
+    if config.layout == "uniform":
+        if model_config.model_type.startswith(MODEL_TYPE_PREFIX):
+            raise ConfigError("layout uniform needs equal layers, and this model's differ: set layout per-layer")
+        if UnitKind.MLP_CHANNEL in kinds:
+            mlp_width_option(model_config)
+        if protected and UnitKind.LAYER not in kinds:
+            raise ConfigError(
+                "budget.protect with layout uniform names layers that are kept, since all are equally wide: "
+                "add layers to budget.units, or use layout per-layer"
+            )
     return PlanConstraints(
         config.layout,
         align,
@@ -65,38 +91,6 @@ def make_plan_constraints(
         protected=protected,
         tensor_parallel=budget.tensor_parallel,
     )
-
-
-def _raise_if_not_representable(
-    config: RunConfig, sites: tuple[Site, ...], align: int, protected: frozenset[int], model_config: Any
-) -> None:
-    """Raises `ConfigError` for constraints under which no checkpoint can be written."""
-    layers, kinds = {site.layer for site in sites}, {site.kind for site in sites}
-    if protected - layers:
-        raise ConfigError(
-            f"budget.protect names layer {min(protected - layers)}, and there are {len(layers)}, counted from 0"
-        )
-    if UnitKind.EXPERT_CHANNEL in kinds and align % EXPERT_ROW_ALIGN:
-        raise ConfigError(
-            f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
-            f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
-        )
-    if is_multimodal(model_config) and effective_layout(config.layout, sites) != "uniform":
-        raise ConfigError(
-            f"layout per-layer is not written inside a multimodal model ({model_config.model_type}): set layout uniform"
-        )
-    layout = effective_layout(config.layout, sites)
-    check_layout(model_config.get_text_config(), config.budget.units, layout)
-    if config.layout == "uniform":
-        if model_config.model_type.startswith(MODEL_TYPE_PREFIX):
-            raise ConfigError("layout uniform needs equal layers, and this model's differ: set layout per-layer")
-        if UnitKind.MLP_CHANNEL in kinds:
-            mlp_width_option(model_config)
-        if protected and UnitKind.LAYER not in kinds:
-            raise ConfigError(
-                "budget.protect with layout uniform names layers that are kept, since all are equally wide: "
-                "add layers to budget.units, or use layout per-layer"
-            )
 
 
 def apply_budgets(
@@ -249,7 +243,14 @@ def budget_table_lines(
         try:
             if kind in TIMED_BUDGETS and table is None:
                 raise ConfigError(untimed_reason)
-            rows.append([kind, *_costs(kind, dense_shape, workload, table, widths_by_plan)])
+            costs, cells = costs_for_budget(kind, dense_shape, workload, table), [kind]
+            for plan, widths in widths_by_plan.items():
+                cost = 0.0 if widths is None else max_cost(costs, widths)
+                amount = workload.batch * workload.generate / cost if kind == "throughput" and cost > 0 else cost
+                # "least" is what users copy into a recipe, so it is rounded to the side that is feasible.
+                formatted = (format_amount_rounded_to_limit if plan == "least" else format_amount)(amount, kind)
+                cells.append(formatted if cost > 0 else NOT_FEASIBLE)
+            rows.append(cells)
         except ConfigError as reason:
             uncounted.append(f"{kind:<11} {reason}")
     return [
@@ -269,27 +270,6 @@ def _example_widths(sites: Sequence[Site], constraints: PlanConstraints) -> dict
         plan = select(uniform_scores(sites), sites, keep, constraints) if keep >= min_keep else None
         widths[f"keep {keep:.2f}"] = plan.widths() if plan else None
     return widths | {"least": nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), nested_sites.sites)}
-
-
-def _costs(
-    kind: str,
-    dense_shape: ModelShape,
-    workload: WorkloadConfig,
-    table: LatencyTable | None,
-    widths_by_plan: dict[str, dict[str, int] | None],
-) -> list[str]:
-    """What each plan costs in a kind of budget, as text; raises `ConfigError` where it cannot be counted."""
-    costs = costs_for_budget(kind, dense_shape, workload, table)
-    cells = []
-    for plan, widths in widths_by_plan.items():
-        cost = 0.0 if widths is None else max_cost(costs, widths)
-        if not cost > 0:
-            cells.append(NOT_FEASIBLE)
-            continue
-        amount = workload.batch * workload.generate / cost if kind == "throughput" else cost
-        # "least" is what users copy into a recipe, so it is rounded to the side that is feasible.
-        cells.append((format_amount_rounded_to_limit if plan == "least" else format_amount)(amount, kind))
-    return cells
 
 
 def budget_usage_lines(limits: BudgetLimits, plan: Plan) -> Iterator[str]:

@@ -35,25 +35,20 @@ def gates_from_plan(plan: Plan, sites: Iterable[Site], device: torch.device | st
                 "a plan fits only the dense model it was made for"
             )
         mask = kept_mask(plan.kept[site.name], site.units)
-        _check_parent_groups(plan, site, by_name.get(site.parent), mask)
+        parent = by_name.get(site.parent)
+        if site.parent_groups > 1 or parent:  # open ones keep equal numbers of units, closed ones none
+            counts = mask.view(site.parent_groups, -1).sum(1).tolist()
+            kept_parents, parent_units = (plan.kept[parent.name], parent.units) if parent else (None, 1)
+            open_groups = set(site.open_parent_groups(kept_parents, parent_units))
+            closed_groups = set(range(site.parent_groups)) - open_groups
+            if len({counts[group] for group in open_groups}) > 1 or any(counts[group] for group in closed_groups):
+                raise PlanError(
+                    f"plan at {site.name}: {site.parent_groups} groups keep {counts} units, "
+                    "and each open one has to keep the same number, a closed one none"
+                )
         by_name[site.name] = site
         gates[site.name] = mask.to(device, torch.float32)
     return gates
-
-
-def _check_parent_groups(plan: Plan, site: Site, parent: Site | None, mask: Tensor) -> None:
-    """Raises `PlanError` unless parent groups in kept units keep equal numbers of units, and others none."""
-    if site.parent_groups == 1 and parent is None:
-        return
-    counts = mask.view(site.parent_groups, -1).sum(1).tolist()
-    kept_parents, parent_units = (plan.kept[parent.name], parent.units) if parent else (None, 1)
-    open_groups = set(site.open_parent_groups(kept_parents, parent_units))
-    closed_groups = set(range(site.parent_groups)) - open_groups
-    if len({counts[group] for group in open_groups}) > 1 or any(counts[group] for group in closed_groups):
-        raise PlanError(
-            f"plan at {site.name}: {site.parent_groups} groups keep {counts} units, "
-            "and each open one has to keep the same number, a closed one none"
-        )
 
 
 @contextmanager

@@ -179,7 +179,10 @@ class Validation:
         step, good, is_decided = record["step"], self.history.good, not self.schedule.decides_after(record["step"])
         candidate = {"step": step, "kept": record["kept"], "scores": scores}
         is_first = not good or (is_decided and self.schedule.decides_after(good["step"]))
-        if is_first or not self.ranks_states or _is_better(candidate, good):
+        # Better is smaller, or as small with a lower loss on valid; shares of one plan differ by rounding only.
+        larger, nll = 0.0 if is_first else candidate["kept"] - good["kept"], "valid.nll"
+        is_better = larger < -1e-6 or (not is_first and larger <= 1e-6 and scores[nll] < good["scores"][nll])
+        if is_first or not self.ranks_states or is_better:
             self.history = replace(self.history, good=candidate, stale=0)
             if self.keeps_states:
                 self.good_checkpoints.save(self.state_of(decision))
@@ -243,9 +246,3 @@ class Validation:
         self.history = replace(self.history, schedule=schedule)
         if self.searcher is not None:
             self.searcher.allowed_keep = schedule.allowed_keep
-
-
-def _is_better(candidate: JsonObject, best: JsonObject) -> bool:
-    """Smaller, or as small with a lower loss on valid; shares of one plan differ by rounding only."""
-    larger, nll = candidate["kept"] - best["kept"], "valid.nll"
-    return bool(larger < -1e-6 or (larger <= 1e-6 and candidate["scores"][nll] < best["scores"][nll]))

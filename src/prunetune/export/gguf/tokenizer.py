@@ -71,7 +71,25 @@ def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) ->
     pre_tokenizer = "default" if is_sentencepiece else pre_tokenizer_name(values, file)
     writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
-    tokens, types = _tokens_and_types(source, values, is_sentencepiece=is_sentencepiece)
+    # The token and its type for each row of the embedding; an added token without a row is left out.
+    rows = source.config.vocab_size
+    tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
+    added = {token["id"]: token for token in values.get("added_tokens", ())}
+    vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
+    if max(vocabulary, default=0) >= rows:
+        raise ModelError(
+            f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows: put the "
+            "tokenizer of this model into the folder"
+        )
+    vocabulary |= {index: token["content"] for index, token in added.items() if index < rows}
+    for index, token in vocabulary.items():
+        tokens[index] = token
+        types[index] = int(gguf.TokenType.NORMAL)
+        if is_sentencepiece and len(token) == 6 and token.startswith("<0x"):
+            types[index] = int(gguf.TokenType.BYTE)
+        if index in added:
+            special = added[index]["special"]
+            types[index] = int(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if is_sentencepiece:
@@ -118,31 +136,3 @@ def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         return (str(step["pattern"].get("Regex", step["pattern"])),)
     return (str(kind),)
-
-
-def _tokens_and_types(
-    source: ExportSource, values: Mapping[str, Any], *, is_sentencepiece: bool
-) -> tuple[list[str], list[int]]:
-    """The token and its type for each row of the embedding. An added token without a row is left out.
-
-    Raises `ModelError` for a vocabulary that is larger than the embedding.
-    """
-    rows = source.config.vocab_size
-    tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
-    added = {token["id"]: token for token in values.get("added_tokens", ())}
-    vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
-    if max(vocabulary, default=0) >= rows:
-        raise ModelError(
-            f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows: put the "
-            "tokenizer of this model into the folder"
-        )
-    vocabulary |= {index: token["content"] for index, token in added.items() if index < rows}
-    for index, token in vocabulary.items():
-        tokens[index] = token
-        types[index] = int(gguf.TokenType.NORMAL)
-        if is_sentencepiece and len(token) == 6 and token.startswith("<0x"):
-            types[index] = int(gguf.TokenType.BYTE)
-        if index in added:
-            special = added[index]["special"]
-            types[index] = int(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
-    return tokens, types
