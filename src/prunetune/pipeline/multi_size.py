@@ -79,8 +79,16 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
             if any(not size.folder.read_manifest().gain for size in tuned):
                 with record_timing(context.folder, "bench"):
                     measure_gain(context.folder, [size.folder for size in tuned], context)
-            failures = [*_broken_limits(tuned, command), *([stopped] if stopped else [])]
-            if failures:
+            failures = []  # what is outside a limit, in words; each size's own report and history show it, too
+            for size in tuned:
+                try:
+                    with run_lifecycle(size.context, command):
+                        raise_if_limits_broken(size.context)
+                except SelfCheckFailed:
+                    raise
+                except LimitBroken as failed:
+                    failures.append(str(failed))
+            if failures := [*failures, *filter(None, [stopped])]:
                 raise LimitBroken("; ".join(failures))
     return context.folder.path
 
@@ -231,17 +239,3 @@ def _finish_and_evaluate(context: RunContext, sizes: Sequence[SizeRun], command:
             finish(size.context)
             evaluate_all(size.context)
             measure_budgets(size.context)
-
-
-def _broken_limits(sizes: Sequence[SizeRun], command: str) -> list[str]:
-    """What is outside a limit, in words; each size's own report and history show it, too."""
-    failures = []
-    for size in sizes:
-        try:
-            with run_lifecycle(size.context, command):
-                raise_if_limits_broken(size.context)
-        except SelfCheckFailed:
-            raise
-        except LimitBroken as failed:
-            failures.append(str(failed))
-    return failures

@@ -42,9 +42,8 @@ from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.forward import Teacher, base_teacher
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.parallel.distributed_passes import distribute_checkpoints
+from prunetune.train.parallel.distributed import distribute_checkpoints, shard_layers
 from prunetune.train.parallel.ranks import SINGLE_PROCESS
-from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.schedule import build_schedule, one_cut_schedule
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment

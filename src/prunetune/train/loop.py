@@ -24,8 +24,7 @@ from prunetune.train.adapters import add_adapters, copy_adapters
 from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.importance import score_units
 from prunetune.train.job import TrainingJob
-from prunetune.train.parallel.distributed_passes import distribute_passes
-from prunetune.train.parallel.sharding import shard_layers
+from prunetune.train.parallel.distributed import distribute_passes, shard_layers
 from prunetune.train.passes import build_passes
 from prunetune.train.progress import TrainingProgress
 from prunetune.train.step_guard import StepGuard

@@ -18,7 +18,7 @@ from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, rest
 from prunetune.train.job import TrainingJob
 from prunetune.train.losses import FINAL_LASSO, SEARCH_LASSO, group_lasso
 from prunetune.train.muon import Muon
-from prunetune.train.parallel.sharding import CutLayers
+from prunetune.train.parallel.distributed import CutLayers
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import Schedule, learning_rate
 from prunetune.train.step_guard import StepGuard

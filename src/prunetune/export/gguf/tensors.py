@@ -191,7 +191,6 @@ class Mix:
     most: Type
     finer: Type  # values and down projections of the first and last eighth of the layers, and of each third between
     fused: Type  # queries, keys and values in one
-    head: Type = Type.Q6_K  # or the embedding that it is tied to
 
 
 MIXES = {
@@ -223,7 +222,7 @@ def mixed_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, 
         kind = name.split(".", 2)[-1] if name.startswith("blk.") else name
         type = mix.most
         if name == head:
-            type = mix.head
+            type = Type.Q6_K  # of the head, or the embedding that it is tied to
         elif kind == "attn_qkv.weight":
             type = mix.fused
         elif kind in FINER_TENSORS:
