@@ -110,7 +110,11 @@ class ModelShape:
 
 def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
     """Read the shape of a causal language model of `transformers`, which may be on the meta device."""
-    architecture, windows = architecture_info(model), sliding_windows(model)
+    architecture = architecture_info(model)
+    # Tokens that the cache of each layer holds at most, as `transformers` makes it; 0: all.
+    cache, count = DynamicCache(config=model.config), model.config.get_text_config().num_hidden_layers
+    windows = [int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers]
+    windows = windows if len(windows) == count else [0] * count
     embedding, lm_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     layers = {}
     for index, prefix in enumerate(architecture.layer_prefixes):
@@ -139,13 +143,6 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
         lm_head_rows=lm_head.shape[0],
         is_mixture=any(".experts." in name for name, _ in model.named_parameters()),
     )
-
-
-def sliding_windows(model: Any) -> list[int]:
-    """Tokens that the cache of each layer holds at most, as `transformers` makes it; 0: all."""
-    cache, layers = DynamicCache(config=model.config), model.config.get_text_config().num_hidden_layers
-    windows = [int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers]
-    return windows if len(windows) == layers else [0] * layers
 
 
 def _linear_shapes(model: nn.Module, prefix: str, sites: Sequence[Site]) -> Iterator[LinearShape]:

@@ -188,7 +188,13 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
     # Test and general rows are scored side by side, so their files get names that differ.
     others = [Source.parse(text).path for text in (*config.test, *config.general) if split in ("test", "general")]
     siblings = {file for path in others if path != "demo" for file in _matching_files(path, config)}
-    tasks = _task_names(siblings.union(*files.values()))
+    names = {}  # of tasks: X/train.jsonl is task X, other files are named by their stem
+    for path in siblings.union(*files.values()):
+        folder = path.absolute().parent
+        stem = Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(stem) else (stem, folder.name)
+    folders = Counter(name for name, _ in set(names.values()))  # in several: the name of the folder comes in front
+    tasks = {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
     for source in parsed:
         if source.path == "demo":
             yield from read_demo(split, source.weight)
@@ -227,20 +233,6 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
 def _has_reader(path: str) -> bool:
     suffix = data_suffix(path)
     return suffix in (TEXT_FORMATS if Path(path.lower()).suffix in COMPRESSED else READERS)
-
-
-def _task_names(paths: set[Path]) -> dict[Path, str]:
-    """{file: task}: X/train.jsonl is task X, other files are named by their stem.
-
-    Files of the same task in several folders get the name of the folder in front.
-    """
-    names = {}
-    for path in paths:
-        folder = path.absolute().parent
-        stem = Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
-        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(stem) else (stem, folder.name)
-    folders = Counter(name for name, _ in set(names.values()))
-    return {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
 
 
 def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:

@@ -79,7 +79,11 @@ def write_checkpoint(
             write_code(partial)
         add_old_rope_keys(partial / "config.json")
         if end_token is not None:
-            add_end_token(partial / "generation_config.json", end_token, tokenizer.eos_token_id)
+            file = partial / "generation_config.json"
+            stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            tokens = stored if isinstance(stored, list) else [tokenizer.eos_token_id if stored is None else stored]
+            if end_token not in tokens:
+                edit_json(file, {"eos_token_id": [*(token for token in tokens if token is not None), end_token]})
         tokenizer.save_pretrained(partial)
         for file in processor_files:
             shutil.copyfile(file, partial / file.name)
@@ -145,14 +149,6 @@ def edit_json(path: Path, changes: dict[str, Any], *, without: Collection[str] =
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     values = {key: value for key, value in values.items() if key not in without}
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def add_end_token(path: Path, end_token: int, end_of_text: int | None) -> None:
-    """Add `end_token` to generation_config.json's `eos_token_id`, after its tokens or, without any, the end of text."""
-    stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    tokens = stored if isinstance(stored, list) else [end_of_text if stored is None else stored]
-    if end_token not in tokens:
-        edit_json(path, {"eos_token_id": [*(token for token in tokens if token is not None), end_token]})
 
 
 def add_old_rope_keys(path: Path) -> None:

@@ -29,6 +29,7 @@ from prunetune.pruning.units import Site, UnitKind
 from prunetune.utils.failures import reading_model_files
 from prunetune.utils.untrusted import parse_json, read_text
 
+log = logging.getLogger(__name__)
 Layout = Literal["uniform", "per-layer"]
 PROBE_LENGTH = 32  # tokens in a row of a self-check
 
@@ -44,7 +45,7 @@ class ExportSource:
 
     @classmethod
     def open(cls, path: Path, *, trust_remote_code: bool = False) -> ExportSource:
-        """Open a run folder or a model folder, and check it.
+        """Open a run folder or a model folder, and check files, architecture, widths and checksums, in this order.
 
         Raises `ModelError` or `PlanError` if a part is missing, damaged or of another model.
         """
@@ -63,7 +64,20 @@ class ExportSource:
             source = cls(path, None, "", trust_remote_code)
         else:
             raise ModelError(f"{path} is no run folder (no config.yaml) and no model folder (no config.json)")
-        check_source(source)
+        folder = source.folder
+        if missing := [file.name for file in safetensors_files(folder) if not file.is_file()]:
+            raise ModelError(f"{folder}: {missing[0]} is missing; copy the folder again, or write the model again")
+        try:
+            if not source.tensor_files:
+                raise ModelError(f"{folder} holds no weights (*.safetensors); copy the folder again")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder}: a .safetensors file is not whole ({error}); copy the folder again") from error
+        if (folder / "adapter_config.json").exists():  # which names a folder or hub model to open instead
+            raise ModelError(f"{folder} holds an adapter, and export needs whole weights: merge it into its model")
+        get_family(source.config)  # raises for an unknown architecture
+        _check_widths(source)
+        if not verify_checksums(folder):
+            log.info("%s has no %s: its files are not verified", folder, CHECKSUM_FILE)
         return source
 
     @property
@@ -218,31 +232,6 @@ class LayerWidths:
     query_heads: int
     kv_heads: int
     mlp_channels: int
-
-
-log = logging.getLogger(__name__)
-
-
-def check_source(source: ExportSource) -> None:
-    """Check files, architecture, widths and checksums, in this order.
-
-    Raises `ModelError` or, for a plan of another model, `PlanError`.
-    """
-    if missing := [file.name for file in safetensors_files(source.folder) if not file.is_file()]:
-        raise ModelError(f"{source.folder}: {missing[0]} is missing; copy the folder again, or write the model again")
-    try:
-        if not source.tensor_files:
-            raise ModelError(f"{source.folder} holds no weights (*.safetensors); copy the folder again")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{source.folder}: a .safetensors file is not whole ({error}); copy the folder again"
-        ) from error
-    if (source.folder / "adapter_config.json").exists():  # which names a folder or hub model to open instead
-        raise ModelError(f"{source.folder} holds an adapter, and export needs whole weights: merge it into its model")
-    get_family(source.config)  # raises for an unknown architecture
-    _check_widths(source)
-    if not verify_checksums(source.folder):
-        log.info("%s has no %s: its files are not verified", source.folder, CHECKSUM_FILE)
 
 
 def _check_widths(source: ExportSource) -> None:

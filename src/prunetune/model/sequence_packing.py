@@ -108,18 +108,14 @@ def packed_attention(
     if s_aux is not None:
         raise TypeError("attention sinks are not supported by the kernel for packed sequences")
     rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    attend = _attend_by_kernel if query.is_cuda else _attend_one_by_one
-    return attend(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
-
-
-def _attend_by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
-) -> Tensor:
-    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    bounds, longest = cu_seq_lens_q, max_length_q
+    if not query.is_cuda:
+        return _attend_one_by_one(*rows, bounds, longest, scaling, sliding_window)[None], None
+    options: dict[str, Any] = {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
     options |= {"enable_gqa": True} if HAS_ENABLE_GQA else {}
-    result = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, **options)
+    result = varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, **options)
     assert isinstance(result, Tensor)
-    return result
+    return result[None], None
 
 
 def _attend_one_by_one(

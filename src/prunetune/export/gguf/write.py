@@ -31,21 +31,42 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
 
     Raises `ModelError` or `MissingPackage` before anything is written, `SelfCheckFailed` if a check fails.
     """
-    arch = select_architecture(source)
-    dtype = options.dtype
+    arch, config, dtype = select_architecture(source), source.config, options.dtype
     if dtype in MIXES:
         require_library(dtype)
     tensors, tokenizer_note = write_gguf(source, path, dtype)
     verify_tensors(source, path, tensors)
     readback = RuntimeCheck(f"gguf {version('gguf')}", f"{len(tensors)} tensors of {dtype} read back, equal to the bit")
+    # Next tokens in llama.cpp and transformers.
+    in_llamacpp = RuntimeCheck("llama.cpp", "install it with pip install 'prunetune[llamacpp]'", ran=False)
+    if runtime := llamacpp.runtime_version():
+        prompts = llamacpp.check_prompts(source)
+        agreement = llamacpp.compare_tokens(path, source, prompts, llamacpp.reference_continuations(source, prompts))
+        if dtype in EXACT_DTYPES and not agreement.all_equal:
+            raise SelfCheckFailed(f"{path}: {runtime} differs from transformers: {agreement}; please report this")
+        in_llamacpp = RuntimeCheck(runtime, str(agreement))
+    # What the file cannot express, and types of tensors whose rows do not divide into blocks.
+    notes = [f"written as {arch.name}"] if arch.name != config.model_type else []
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and not arch.sliding_window and window < config.max_position_embeddings:
+        notes.append(f"llama.cpp's {arch.name} has no window of {window} tokens: longer texts are read differently")
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    counts = Counter(tensor.type.name.lower() for tensor in matrices)
+    if dtype in MIXES:
+        other = sum(tensor.shape[-1] % 256 != 0 for tensor in matrices)
+        advice = f"; rows of {other} do not divide by 256, and take more (budget.align 256 avoids it)" if other else ""
+        notes.append(f"types: {', '.join(f'{count} {name}' for name, count in counts.most_common())}{advice}")
+    elif fallbacks := len(matrices) - counts[dtype]:
+        advice = f"their rows do not divide into blocks of {dtype} (budget.align 32 avoids it)"
+        notes.append(f"{fallbacks} tensors stay f16: {advice}")
     return ExportResult(
         path=path,
         format=f"GGUF, architecture {arch.name}",
         dtype=dtype,
         params=source.params,
         bytes=path.stat().st_size,
-        checks=(readback, check_in_llamacpp(source, path, exact=dtype in EXACT_DTYPES)),
-        notes=(*export_notes(source, arch), *fallback_notes(tensors, dtype), tokenizer_note),
+        checks=(readback, in_llamacpp),
+        notes=(*notes, tokenizer_note),
     )
 
 
@@ -81,34 +102,6 @@ def verify_tensors(source: ExportSource, path: Path, tensors: tuple[GgufTensor, 
             same = all(file.read(block.nbytes) == block.tobytes() for block in tensor.iter_blocks(source))
             if not same or file.tell() != start + length:
                 raise SelfCheckFailed(f"{path}: {tensor.name} is not what was written; try again on another disk")
-
-
-def check_in_llamacpp(source: ExportSource, path: Path, *, exact: bool) -> RuntimeCheck:
-    """Compare next tokens in llama.cpp and transformers; with `exact` raises `SelfCheckFailed` if they differ."""
-    runtime = llamacpp.runtime_version()
-    if not runtime:
-        return RuntimeCheck("llama.cpp", "install it with pip install 'prunetune[llamacpp]'", ran=False)
-    prompts = llamacpp.check_prompts(source)
-    agreement = llamacpp.compare_tokens(path, source, prompts, llamacpp.reference_continuations(source, prompts))
-    if exact and not agreement.all_equal:
-        raise SelfCheckFailed(f"{path}: {runtime} differs from transformers: {agreement}; please report this")
-    return RuntimeCheck(runtime, str(agreement))
-
-
-def fallback_notes(tensors: tuple[GgufTensor, ...], dtype: str) -> tuple[str, ...]:
-    """A note on tensors whose rows do not divide into the type's blocks; one on the types of a mix."""
-    if dtype in MIXES:
-        matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
-        counts = Counter(tensor.type.name.lower() for tensor in matrices)
-        other = sum(tensor.shape[-1] % 256 != 0 for tensor in matrices)
-        advice = f"; rows of {other} do not divide by 256, and take more (budget.align 256 avoids it)" if other else ""
-        return (f"types: {', '.join(f'{count} {name}' for name, count in counts.most_common())}{advice}",)
-    fallbacks = sum(len(tensor.shape) > 1 and tensor.type.name.lower() != dtype for tensor in tensors)
-    if not fallbacks:
-        return ()
-    return (
-        f"{fallbacks} tensors stay f16: their rows do not divide into blocks of {dtype} (budget.align 32 avoids it)",
-    )
 
 
 FILE_TYPES = {
@@ -159,13 +152,3 @@ def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchit
 
 def _one_or_per_layer(arch: GgufArchitecture, widths: list[int]) -> int | list[int]:
     return widths if arch.per_layer_widths else widths[0]
-
-
-def export_notes(source: ExportSource, arch: GgufArchitecture) -> tuple[str, ...]:
-    """Notes for the export's result on differences between the file and the checkpoint."""
-    config = source.config
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    notes = [f"written as {arch.name}"] if arch.name != config.model_type else []
-    if window and not arch.sliding_window and window < config.max_position_embeddings:
-        notes.append(f"llama.cpp's {arch.name} has no window of {window} tokens: longer texts are read differently")
-    return tuple(notes)
