@@ -148,7 +148,13 @@ def fisher(calibration: Calibration) -> Scores:
     model, sites = calibration.model, calibration.sites
     gates = {name: gate.requires_grad_() for name, gate in calibration.open_gates().items()}
     sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
-    examples = [example for batch in calibration.batches for example in _single_examples(batch)]
+    examples = []  # each one that has a label as a batch of its own, without padding
+    for batch in calibration.batches:
+        for index, length in enumerate(batch.lengths):
+            labels = batch.labels[index : index + 1, :length]
+            if target_tokens := int((labels[:, 1:] != IGNORE_INDEX).sum()):
+                ids, names = batch.input_ids[index : index + 1, :length], batch.example_ids[index : index + 1]
+                examples.append(Batch(ids, labels, target_tokens, (length,), names))
     for example in examples:
         with masked(model, gates, sites=sites):
             loss = _loss_sum(model, example) / example.target_tokens
@@ -247,15 +253,3 @@ def _loss_sum(model: Any, batch: Batch) -> Tensor:
     with select_head_inputs(model, placed.prediction_mask):
         logits = model(input_ids=placed.input_ids, use_cache=False).logits
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), placed.targets, reduction="sum")
-
-
-def _single_examples(batch: Batch) -> list[Batch]:
-    """Each example that has a label as a batch of its own, without padding."""
-    examples = []
-    for index, length in enumerate(batch.lengths):
-        labels = batch.labels[index : index + 1, :length]
-        target_tokens = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        if target_tokens:
-            ids = batch.input_ids[index : index + 1, :length]
-            examples.append(Batch(ids, labels, target_tokens, (length,), batch.example_ids[index : index + 1]))
-    return examples

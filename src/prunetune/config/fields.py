@@ -136,8 +136,17 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            text = shorten(str(key))
-            raise ConfigError(f"{where}: unknown key {prefix}{text}{_suggest_key(prefix, text, root)}")
+            # The option probably meant, the section it belongs to, or all keys there.
+            text, known = shorten(str(key)), list(fields_by_path(root))
+            close = [path for path in known if path.rpartition(".")[2] == text]
+            close = close or similar_names(prefix + text, known, at_most=1)
+            paths = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
+            hint = f"known are {', '.join(prefix + name for name in paths)}"
+            if close and close[0] == text:
+                hint = f"write {text.rpartition('.')[2]} under {text.rpartition('.')[0]}:"
+            elif close:
+                hint = f"did you mean {close[0]}?"
+            raise ConfigError(f"{where}: unknown key {prefix}{text}; {hint}")
     given = {}
     for item in dataclasses.fields(cls):
         name = item.name
@@ -148,19 +157,6 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
         else:
             given[name] = _value(item, kinds[name], values[name], f"{where}: {prefix}{name}")
     return cls(**given)
-
-
-def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:
-    """How an unknown key ends its error: the option probably meant, the section it belongs to, or all keys there."""
-    known = list(fields_by_path(root))
-    close = [path for path in known if path.rpartition(".")[2] == key]
-    close = close or similar_names(prefix + key, known, at_most=1)
-    if close and close[0] == key:
-        return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
-    if close:
-        return f"; did you mean {close[0]}?"
-    names = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
-    return f"; known are {', '.join(prefix + name for name in names)}"
 
 
 def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:

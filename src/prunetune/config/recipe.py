@@ -461,20 +461,15 @@ def _has_root(values: Mapping[str, Any]) -> bool:
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
-    """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    budget = values.get("budget") if isinstance(values, Mapping) else None
-    if isinstance(budget, Mapping):
-        values = {**values, "budget": _with_keep(budget, where)}
-    return read_options(RunConfig, values, where=where)
+    """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path.
 
-
-def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The section `budget` with one number under `keep`: of several the largest, the others become `sizes`.
-
-    Where only budgets of other kinds are given, `keep` is 1: they alone limit the model. Where only a quality is, it is
-    the smallest share that is tried.
+    Of several `budget.keep`, the largest is it, and the others are `budget.sizes`. Where only budgets of other kinds
+    are given, it is 1: they alone limit the model. Where only a quality is, it is the smallest share that is tried.
     """
-    keep = budget.get("keep")
+    budget = values.get("budget") if isinstance(values, Mapping) else None
+    if not isinstance(budget, Mapping):
+        return read_options(RunConfig, values, where=where)
+    keep, changes = budget.get("keep"), dict[str, Any]()
     shares = [share.strip() for share in keep.split(",")] if isinstance(keep, str) else keep
     if isinstance(shares, list):
         if not shares:
@@ -482,9 +477,9 @@ def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         name = f"{where}: {'each ' if len(shares) > 1 else ''}budget.keep"
         keeps = sorted((parse_number(share, name) for share in shares), reverse=True)
         # One flag over a recipe with several sizes means one size, so `sizes` is replaced too.
-        return {**budget, "keep": keeps[0], "sizes": keeps[1:]}
-    if "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
-        return {**budget, "keep": 1.0}
-    if "keep" not in budget and budget.get("quality"):
-        return {**budget, "keep": QUALITY_FLOOR}
-    return budget
+        changes = {"keep": keeps[0], "sizes": keeps[1:]}
+    elif "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
+        changes = {"keep": 1.0}
+    elif "keep" not in budget and budget.get("quality"):
+        changes = {"keep": QUALITY_FLOOR}
+    return read_options(RunConfig, {**values, "budget": {**budget, **changes}}, where=where)

@@ -151,7 +151,14 @@ def training_setup(config: RunConfig, dtype: torch.dtype, *, longest: int, all_w
 
 def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: TrainingPhase) -> TrainingMemory:
     """Peak memory of a phase. Before the first cut, adapters that are only scored have no gradient and no moments."""
-    teacher = _teacher_bytes(shapes, setup, phase)
+    teacher = 0  # weights that it does not share with the student, and layers' outputs
+    if setup.teacher and (setup.is_cut(phase) or not setup.teacher_is_base):
+        teacher = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
+        if not setup.teacher_is_base:
+            teacher += setup.dtype_bytes * shapes.other_params
+        elif not setup.all_weights:
+            shared = [linear.after_cut(setup.keep) for linear in shapes.linears if linear.can_share]
+            teacher -= sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shared)
     teacher += 2 * setup.tokens * shapes.layers * shapes.hidden_size * setup.dtype_bytes * setup.distills_hidden
     if setup.is_cut(phase):
         linears = tuple(linear.after_cut(setup.keep) for linear in shapes.linears)
@@ -174,17 +181,6 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
         passing=dequantized + max(recomputed_layer, logits),
         teacher=teacher,
     )
-
-
-def _teacher_bytes(shapes: TrainingShapes, setup: TrainingSetup, phase: TrainingPhase) -> int:
-    """Bytes of the teacher's weights that it does not share with the student."""
-    if not setup.teacher or (setup.teacher_is_base and not setup.is_cut(phase)):
-        return 0
-    dense = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
-    if not setup.teacher_is_base:
-        return dense + setup.dtype_bytes * shapes.other_params
-    shared = [linear.after_cut(setup.keep) for linear in shapes.linears if linear.can_share and not setup.all_weights]
-    return dense - sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shared)
 
 
 def _activation_bytes(shapes: TrainingShapes, setup: TrainingSetup, *, is_merged: bool) -> tuple[int, int, int]:

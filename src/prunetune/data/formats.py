@@ -115,19 +115,15 @@ def _without_field_limit() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _delimiter(text: str, suffix: str) -> str:
-    """What separates columns: the mark that makes most of them in the first line."""
-    first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
-    if len(first) == 5 and first.startswith("sep="):  # Excel's own
-        return first[4]
-    marks = "\t,;|" if suffix == ".tsv" else ",;\t|"
-    return max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), ())))
-
-
 def _csv(path: Path) -> NumberedRows:
     text = _read_text(path)
+    # What separates columns: the mark that makes most of them in the first line, or Excel's own "sep=".
+    first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
+    marks = "\t,;|" if data_suffix(path.name) == ".tsv" else ",;\t|"
     with _without_field_limit():
-        delimiter = _delimiter(text, data_suffix(path.name))
+        delimiter = max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), ())))
+    if len(first) == 5 and first.startswith("sep="):
+        delimiter = first[4]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     last = 0

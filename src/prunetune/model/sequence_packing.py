@@ -41,34 +41,28 @@ def supports_packing(model: Any) -> bool:
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), torch.autocast(device.type, model.dtype, enabled=is_16_bit):  # adapters are float32
-            return _packed_matches_separate(model.eval(), device, is_16_bit=is_16_bit)
+            model.eval()
+            vocab_size, half = model.config.get_text_config().vocab_size, PROBE_TOKENS // 2
+            ids = (3 + 7919 * torch.arange(PROBE_TOKENS, device=device))[None] % vocab_size
+            bounds = torch.tensor([0, half, PROBE_TOKENS], dtype=torch.int32, device=device)
+            packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": half, "max_length_k": half}
+            positions = torch.arange(half, device=device).repeat(2)[None]
+            halves = (ids[:, :half], ids[:, half:])
+            separate = torch.cat([model(sequence, use_cache=False).logits for sequence in halves], dim=1).float()
+            with use_packed_attention(model):
+                packed = model(ids, position_ids=positions, use_cache=False, **packing).logits.float()
+            error = (packed - separate).abs()
+            if error.max() <= (TOLERANCE_16_BITS if is_16_bit else TOLERANCE_32_BITS) * separate.abs().max():
+                return True
+            # In 16 bits, rounding alone may move single logits far. There it is enough that the mean error of both
+            # sequences is at most a quarter of the error that attending to the other sequence would make.
+            unpacked_error = (model(ids, use_cache=False).logits.float() - separate)[:, half:].abs().mean()
+            limit = unpacked_error / 4
+            return is_16_bit and bool(error[:, half:].mean() <= limit and error[:, :half].mean() <= limit)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         return False
     finally:
         model.train(training)
-
-
-def _packed_matches_separate(model: Any, device: torch.device, *, is_16_bit: bool) -> bool:
-    """Whether packed sequences get the logits of separate ones.
-
-    In 16 bits, rounding alone may move single logits far. There it is enough that the mean error of both sequences is
-    at most a quarter of the error that attending to the other sequence would make.
-    """
-    vocab_size, half = model.config.get_text_config().vocab_size, PROBE_TOKENS // 2
-    ids = (3 + 7919 * torch.arange(PROBE_TOKENS, device=device))[None] % vocab_size
-    bounds = torch.tensor([0, half, PROBE_TOKENS], dtype=torch.int32, device=device)
-    packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": half, "max_length_k": half}
-    positions = torch.arange(half, device=device).repeat(2)[None]
-    halves = (ids[:, :half], ids[:, half:])
-    separate = torch.cat([model(sequence, use_cache=False).logits for sequence in halves], dim=1).float()
-    with use_packed_attention(model):
-        packed = model(ids, position_ids=positions, use_cache=False, **packing).logits.float()
-    error = (packed - separate).abs()
-    if error.max() <= (TOLERANCE_16_BITS if is_16_bit else TOLERANCE_32_BITS) * separate.abs().max():
-        return True
-    unpacked_error = (model(ids, use_cache=False).logits.float() - separate)[:, half:].abs().mean()
-    limit = unpacked_error / 4
-    return is_16_bit and bool(error[:, half:].mean() <= limit and error[:, :half].mean() <= limit)
 
 
 @contextmanager

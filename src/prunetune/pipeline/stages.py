@@ -11,9 +11,9 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +138,14 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     """{rate, valid_nll, seconds} of a short run; `valid_nll` is None where it is not finite."""
     folder = RunFolder(context.folder.path / "rates" / f"{rate:g}")
     file = folder.path / "trial.json"
-    if finished := context.ranks.broadcast_from_main(_read_trial(file) if file.exists() else {}):
+    finished: JsonObject = {}
+    if file.exists():
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            found = parse_json(file.read_bytes())
+            finished = found if found.pop("sha256", None) == json_digest(found) else {}
+        if not finished:
+            log.warning("%s is not what was written: this learning rate is tried again", file)
+    if finished := context.ranks.broadcast_from_main(finished):
         return finished
     if context.ranks.is_main:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -161,18 +168,6 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     context.ranks.barrier()
     gc.collect()  # the trial's model frees its memory before the next is loaded
     return trial
-
-
-def _read_trial(file: Path) -> JsonObject:
-    """A finished trial; empty where the file is not what was written, so that the trial is repeated."""
-    try:
-        trial: JsonObject = parse_json(file.read_bytes())
-        if trial.pop("sha256", None) == json_digest(trial):
-            return trial
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
-    log.warning("%s is not what was written: this learning rate is tried again", file)
-    return {}
 
 
 def release_other_ranks(context: RunContext) -> RunContext:

@@ -93,7 +93,13 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
                 replace_module(model, site.name, RemovedAttention(bias))
     kept_sites = [site for site in sites if site.name not in removed]
     for (name, axis), index in kept_indices(plan, kept_sites).items():
-        _keep_in_module(model.get_submodule(name), index, axis)
+        module: Any = model.get_submodule(name)
+        if isinstance(module, LoraLayer):
+            for adapter in (module.lora_B if axis == ROWS else module.lora_A).values():
+                _keep_in_linear(adapter, index, axis)
+            setattr(module, "out_features" if axis == ROWS else "in_features", len(index))
+            module = module.get_base_layer()
+        _keep_in_linear(module, index, axis)
     for site in reversed(kept_sites):  # inner ones first: their parent groups are counted as in the dense model
         for param in site.weights.params:
             _keep_in_parameter(model, param, site, plan.kept[site.name])
@@ -134,16 +140,6 @@ def _update_expert_counts(model: nn.Module, by_kind: Mapping[UnitKind, Site], pl
         for name in ("intermediate_dim", "intermediate_size"):
             if hasattr(experts, name):
                 setattr(experts, name, width)
-
-
-def _keep_in_module(module: nn.Module, index: Tensor, axis: int) -> None:
-    """Keep these rows (axis 0) or columns (axis 1) of a linear and of its adapter."""
-    if isinstance(module, LoraLayer):
-        for adapter in (module.lora_B if axis == ROWS else module.lora_A).values():
-            _keep_in_linear(adapter, index, axis)
-        setattr(module, "out_features" if axis == ROWS else "in_features", len(index))
-        module = module.get_base_layer()
-    _keep_in_linear(module, index, axis)
 
 
 def _keep_in_linear(linear: Any, index: Tensor, axis: int) -> None:

@@ -274,21 +274,18 @@ def _prices_with_children(
     prices = {site.name: 0.0 for site in nested_sites.sites}
     for budget, removal in zip(budgets, removals, strict=True):
         cost = max(budget.costs, key=lambda cost: total_cost(cost, cost.dense_shape.dense_counts()))
-        unit_costs = {site.name: _mean_unit_cost(nested_sites, site, constraints, cost) for site in nested_sites.sites}
+        unit_costs = {}  # mean cost of a unit with all that it contains, between the dense width and the least
+        for site in nested_sites.sites:
+            layer_sites = [other for other in nested_sites.sites if other.layer == site.layer]
+            widths = {other.name: other.units_per_group for other in layer_sites}
+            unprotected = replace(constraints, protected=frozenset())
+            least = 0 if site.kind.is_whole_block else min(min_width(site, unprotected), site.units_per_group - 1)
+            dense = nested_sites.kept_unit_counts(widths, layer_sites)
+            narrow = nested_sites.kept_unit_counts({**widths, site.name: least}, layer_sites)
+            saved = cost.layer_cost(site.layer, dense) - cost.layer_cost(site.layer, narrow)
+            unit_costs[site.name] = saved / (dense[site.name] - narrow[site.name])
         prunable_cost = sum(site.units * unit_costs[site.name] for site in nested_sites.sites if not site.parent)
         for name, unit_cost in unit_costs.items():
             prices[name] += removal / sum(removals) * unit_cost * all_params / prunable_cost if prunable_cost else 0.0
     total_params = {site.name: site.total_unit_params for site in nested_sites.sites}
     return {name: max(price, MIN_PRICE * total_params[name], MIN_PRICE) for name, price in prices.items()}
-
-
-def _mean_unit_cost(nested_sites: NestedSites, site: Site, constraints: PlanConstraints, cost: Cost) -> float:
-    """Mean cost of a unit with all that it contains, between the dense width and the least."""
-    layer_sites = [other for other in nested_sites.sites if other.layer == site.layer]
-    widths = {other.name: other.units_per_group for other in layer_sites}
-    unprotected = replace(constraints, protected=frozenset())
-    narrowest = 0 if site.kind.is_whole_block else min(min_width(site, unprotected), site.units_per_group - 1)
-    dense = nested_sites.kept_unit_counts(widths, layer_sites)
-    narrow = nested_sites.kept_unit_counts({**widths, site.name: narrowest}, layer_sites)
-    saved = cost.layer_cost(site.layer, dense) - cost.layer_cost(site.layer, narrow)
-    return saved / (dense[site.name] - narrow[site.name])

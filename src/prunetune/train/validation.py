@@ -201,8 +201,13 @@ class Validation:
             raise LimitBroken(
                 f"stopped at step {step}: {reason}; raise budget.keep or the limit, and start a new run with --out"
             )
-        if "roll-back" not in actions and self.schedule.decides_after(step):
-            return self._back_off(step, broken, decision, reason)
+        if "roll-back" not in actions and self.schedule.decides_after(step):  # back-off: a larger budget from here on
+            before = self.schedule.allowed_keep
+            keep = min(1.0, before + self.job.config.validate.back_off)
+            self._add_event(step, broken, f"budget raised from {before:.4g} to {keep:.4g}")
+            log.warning("step %d: %s: the budget is raised from %.4g to %.4g", step, reason, before, keep)
+            self._set_schedule(replace(self.schedule, allowed_keep=keep))
+            return replace(decision, plan=None) if self.searcher else decision  # a generator decides again
         good = self.good_checkpoints.latest() if self.history.good else None
         if good is None and any(limit.metric == QUALITY for limit in broken):
             self._add_event(step, broken, "nothing to go back to")
@@ -214,28 +219,17 @@ class Validation:
             self._add_event(step, broken, "nothing to go back to")
             log.warning("step %d: %s, and no earlier validation met all limits: the run continues", step, reason)
             return decision
-        self._roll_back(step, broken, replace(good, guard_state=self.state_of(decision).guard_state), reason)
-        raise RolledBack
-
-    def _back_off(self, step: int, broken: list[ScoreLimit], decision: Decision, reason: str) -> Decision:
-        """Raise the budget from here on; a generator's decision that was final is made again."""
-        before = self.schedule.allowed_keep
-        keep = min(1.0, before + self.job.config.validate.back_off)
-        self._add_event(step, broken, f"budget raised from {before:.4g} to {keep:.4g}")
-        log.warning("step %d: %s: the budget is raised from %.4g to %.4g", step, reason, before, keep)
-        self._set_schedule(replace(self.schedule, allowed_keep=keep))
-        return replace(decision, plan=None) if self.searcher else decision
-
-    def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, reason: str) -> None:
-        """Make the good state the newest checkpoint: weights, optimisers, and its decision, which is now final."""
+        # Make the good state the newest checkpoint: weights, optimisers, and its decision, which is now final.
         found = self.history.last.get(QUALITY)
         tried = "" if found is None else f"; quality of the smaller model: {found:.4g}"
         self._add_event(step, broken, f"rolled back to step {good.step}{tried}")
         kept = 100 * self.history.good["kept"]
         log.warning("step %d: %s: rolled back to step %d, %.1f%% kept", step, reason, good.step, kept)
         schedule = self.schedule.decided_at(step) if self.schedule.decides_after(good.step) else self.schedule
-        history = replace(self.history, schedule=schedule, last=self.history.good["scores"])
-        self.job.checkpoints.save(replace(good, step=step, validation_history=history.to_dict()))
+        history = replace(self.history, schedule=schedule, last=self.history.good["scores"]).to_dict()
+        guard_state = self.state_of(decision).guard_state
+        self.job.checkpoints.save(replace(good, step=step, validation_history=history, guard_state=guard_state))
+        raise RolledBack
 
     def _add_event(self, step: int, broken: list[ScoreLimit], action: str) -> None:
         event = {"step": step, "gates": [str(limit) for limit in broken], "did": action}

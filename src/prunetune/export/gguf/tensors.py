@@ -98,6 +98,8 @@ def quantize_rows(rows: Tensor, type: Type, name: str) -> NDArray[Any]:
 
 def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> tuple[GgufTensor, ...]:
     """All tensors of the file, in the order of the stored ones; raises `ModelError` for one that has no name there."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     gguf_arch = next(known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.name)
     names = gguf.get_tensor_name_map(gguf_arch, source.config.num_hidden_layers)
     tensors = []
@@ -127,29 +129,43 @@ def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> t
         offset = arch.norm_offset if stored.endswith("norm.weight") else 0.0
         tensors.append(GgufTensor(name, parts, shape, Type.F32, heads, offset))
     types = tensor_types({tensor.name: tensor.shape for tensor in tensors}, dtype)
-    return (*(replace(tensor, type=types.get(tensor.name, Type.F32)) for tensor in tensors), *_rope_factors(source))
+    tensors = [replace(tensor, type=types.get(tensor.name, Type.F32)) for tensor in tensors]
+    rope = rope_options(source.config)["full_attention"]
+    if rope.get("rope_type") == "llama3":  # its scaling of positions is a tensor of divisors of the frequencies
+        head_dim = head_counts(source.config).head_dim
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
+        unscaled = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        factors = unscaled / scaled
+        tensors.append(GgufTensor("rope_freqs.weight", (), tuple(scaled.shape), Type.F32, computed=factors))
+    return tuple(tensors)
 
 
 def tensor_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Type]:
-    """{matrix: its type in the file}, of {tensor: its shape}; float16 for rows that do not divide into blocks."""
-    if dtype in MIXES:
-        return mixed_types(shapes, dtype)
-    preferred = GGML_TYPES[dtype]
-    divides = {name: shape[-1] % gguf.GGML_QUANT_SIZES[preferred][0] == 0 for name, shape in shapes.items()}
-    return {name: preferred if divides[name] else Type.F16 for name, shape in shapes.items() if len(shape) > 1}
+    """{matrix: its type in the file}, of {tensor: its shape}; float16 for rows that do not divide into blocks.
 
-
-def _rope_factors(source: ExportSource) -> tuple[GgufTensor, ...]:
-    """Llama 3's scaling of positions, which a GGUF file holds as a tensor of divisors of the frequencies."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = rope_options(source.config)["full_attention"]
-    if rope.get("rope_type") != "llama3":
-        return ()
-    head_dim = head_counts(source.config).head_dim
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
-    unscaled = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return (GgufTensor("rope_freqs.weight", (), tuple(scaled.shape), Type.F32, computed=unscaled / scaled),)
+    In a mix (q4_k_m and others), which tensor gets which type follows llama.cpp's own tool (`llama_tensor_get_type`).
+    """
+    types = {}
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            continue
+        type = MIXES[dtype].most if dtype in MIXES else GGML_TYPES[dtype]
+        if dtype in MIXES:
+            mix, kind = MIXES[dtype], name.split(".", 2)[-1] if name.startswith("blk.") else name
+            if name == head:
+                type = Type.Q6_K  # of the head, or the embedding that it is tied to
+            elif kind == "attn_qkv.weight":
+                type = mix.fused
+            elif kind in FINER_TENSORS:
+                layers = sorted(int(other.split(".")[1]) for other in shapes if other.endswith(f".{kind}"))
+                index, eighth = layers.index(int(name.split(".")[1])), len(layers) // 8
+                is_finer = index < eighth or index >= 7 * len(layers) // 8 or (index - eighth) % 3 == 2
+                type = mix.finer if is_finer else mix.most
+            if shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+                type = OF_OTHER_ROWS.get(type, type)
+        types[name] = type if shape[-1] % gguf.GGML_QUANT_SIZES[type][0] == 0 else Type.F16
+    return types
 
 
 ROWS_AT_ONCE = 2**22  # values
@@ -210,32 +226,6 @@ def require_library(dtype: str) -> None:
     require_installed("xllamacpp", extra="llamacpp", use=f"GGUF in {dtype}")
 
 
-# Mixed types of llama.cpp (q4_k_m and others) are made by its library, which lies inside the wheel of xllamacpp: the
-# Python interface of that does not quantise. Which tensor gets which type follows its tool (`llama_tensor_get_type`).
-def mixed_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Type]:
-    """{tensor: its type in the mix `dtype`}, of all matrices of a file, {name: shape}."""
-    mix, types = MIXES[dtype], {}
-    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            continue
-        kind = name.split(".", 2)[-1] if name.startswith("blk.") else name
-        type = mix.most
-        if name == head:
-            type = Type.Q6_K  # of the head, or the embedding that it is tied to
-        elif kind == "attn_qkv.weight":
-            type = mix.fused
-        elif kind in FINER_TENSORS:
-            layers = sorted(int(other.split(".")[1]) for other in shapes if other.endswith(f".{kind}"))
-            index, eighth = layers.index(int(name.split(".")[1])), len(layers) // 8
-            is_finer = index < eighth or index >= 7 * len(layers) // 8 or (index - eighth) % 3 == 2
-            type = mix.finer if is_finer else mix.most
-        if shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
-            type = OF_OTHER_ROWS.get(type, type)
-        types[name] = type if shape[-1] % gguf.GGML_QUANT_SIZES[type][0] == 0 else Type.F16
-    return types
-
-
 def quantize_block(rows: NDArray[np.float32], type: Type, name: str) -> NDArray[Any]:
     """[R, C] -> uint8 [R, bytes of a row]; raises `ModelError` for values that are not finite, which would end it."""
     if not np.isfinite(rows).all():
@@ -250,7 +240,10 @@ def quantize_block(rows: NDArray[np.float32], type: Type, name: str) -> NDArray[
 
 @cache
 def _quantize_function() -> Any:
-    """(type, float32 rows, blocks, first row, rows, values of a row, no weights of importance) -> bytes written."""
+    """(type, float32 rows, blocks, first row, rows, values of a row, no weights of importance) -> bytes written.
+
+    Of llama.cpp's library, which lies inside the wheel of xllamacpp: the Python interface of that does not quantise.
+    """
     spec = find_spec("xllamacpp")
     assert spec is not None
     assert spec.submodule_search_locations is not None
