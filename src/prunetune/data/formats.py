@@ -54,31 +54,16 @@ def _read_text(path: Path) -> str:
         text: str = data.decode(encoding)
     except UnicodeDecodeError as broken:
         line, byte = data[: broken.start].count(b"\n") + 1, data[broken.start]
-        if not _is_western_text(data):
+        # Not Windows-1252 if it is binary, UTF-8 but for some bytes, or mostly beyond ASCII.
+        is_binary = re.search(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d\xff]", data)
+        beyond_ascii = data.translate(None, bytes(range(128)))
+        if is_binary or len(beyond_ascii) > len(data) / 3 or not data.decode("utf-8", "ignore").isascii():
             told = "it is compressed: let its name end in .gz" if data[:2] == b"\x1f\x8b" else "save the file as UTF-8"
             raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); {told}") from None
         text = data.decode("cp1252")
         log.warning("%s: not UTF-8, read as Windows-1252: look at line %d", path, line)
     text = text.replace("\r\n", "\n")
     return text if "\n" in text else text.replace("\r", "\n")
-
-
-def _is_western_text(data: bytes) -> bool:
-    """Whether it can be Windows-1252: not if it is binary, UTF-8 but for some bytes, or mostly beyond ASCII."""
-    is_binary = re.search(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d\xff]", data)
-    beyond_ascii = data.translate(None, bytes(range(128)))
-    return not is_binary and len(beyond_ascii) <= len(data) / 3 and data.decode("utf-8", "ignore").isascii()
-
-
-def _parse_row(text: str, where: str) -> Any:
-    """The value of one line of JSON, or the error that says what is wrong with it."""
-    try:
-        return parse_json(text, nan=True, surrogates=True, unique_keys=True)
-    except json.JSONDecodeError as broken:
-        reason, quoted = f"{broken.msg}, column {broken.colno}", ""
-    except ValueError as broken:
-        reason = quoted = str(broken)
-    return DataError(f"{where}: not valid JSON ({reason}); each line holds one object", quoted=quoted)
 
 
 def _json(path: Path) -> NumberedRows:
@@ -96,8 +81,17 @@ def _json(path: Path) -> NumberedRows:
             raise DataError(f"{where}: not valid JSON ({reason}); {wanted}", quoted="" if at else str(reason)) from None
         # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, _parse_row(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line, nan=True, surrogates=True, unique_keys=True)
+            except ValueError as wrong:
+                reason = quoted = str(wrong)
+                if isinstance(wrong, json.JSONDecodeError):
+                    reason, quoted = f"{wrong.msg}, column {wrong.colno}", ""
+                advice = f"not valid JSON ({reason}); each line holds one object"
+                row = DataError(f"{path}:{number}: {advice}", quoted=quoted)
+            yield number, row
         return
     if isinstance(value, Mapping) and len(value) == 1 and not {"messages", "conversations"} & set(value):
         (inner,) = value.values()

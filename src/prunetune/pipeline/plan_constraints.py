@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,18 +237,26 @@ def budget_table_lines(
         if measure:
             raise
         table, untimed_reason = None, str(untimed)
-    widths_by_plan = _example_widths(sites, constraints)
+    # {heading: units kept by site}, None if not feasible; shares are of parameters, whatever the budget's kind.
+    nested_sites, unlimited = NestedSites(sites), replace(constraints, limits=None)
+    least = nested_sites.kept_unit_counts(min_widths(nested_sites, unlimited), nested_sites.sites)
+    widths_by_plan: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
+    for keep in PREVIEW_SHARES:
+        is_feasible = keep >= min_feasible_keep(sites, unlimited)
+        plan = select(uniform_scores(sites), sites, keep, unlimited) if is_feasible else None
+        widths_by_plan[f"keep {keep:.2f}"] = plan.widths() if plan else None
+    widths_by_plan["least"] = least
     rows, uncounted = [], []
     for kind in BUDGET_KINDS:
         try:
             if kind in TIMED_BUDGETS and table is None:
                 raise ConfigError(untimed_reason)
             costs, cells = costs_for_budget(kind, dense_shape, workload, table), [kind]
-            for plan, widths in widths_by_plan.items():
+            for heading, widths in widths_by_plan.items():
                 cost = 0.0 if widths is None else max_cost(costs, widths)
                 amount = workload.batch * workload.generate / cost if kind == "throughput" and cost > 0 else cost
                 # "least" is what users copy into a recipe, so it is rounded to the side that is feasible.
-                formatted = (format_amount_rounded_to_limit if plan == "least" else format_amount)(amount, kind)
+                formatted = (format_amount_rounded_to_limit if heading == "least" else format_amount)(amount, kind)
                 cells.append(formatted if cost > 0 else NOT_FEASIBLE)
             rows.append(cells)
         except ConfigError as reason:
@@ -259,17 +267,6 @@ def budget_table_lines(
         *table_lines(["budget", *(f">{plan}" for plan in widths_by_plan)], rows),
         *uncounted,
     ]
-
-
-def _example_widths(sites: Sequence[Site], constraints: PlanConstraints) -> dict[str, dict[str, int] | None]:
-    """{heading: units kept by site}, None if not feasible; shares are of parameters, whatever the budget's kind."""
-    nested_sites, constraints = NestedSites(sites), replace(constraints, limits=None)
-    min_keep = min_feasible_keep(sites, constraints)
-    widths: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
-    for keep in PREVIEW_SHARES:
-        plan = select(uniform_scores(sites), sites, keep, constraints) if keep >= min_keep else None
-        widths[f"keep {keep:.2f}"] = plan.widths() if plan else None
-    return widths | {"least": nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), nested_sites.sites)}
 
 
 def budget_usage_lines(limits: BudgetLimits, plan: Plan) -> Iterator[str]:

@@ -57,7 +57,12 @@ def cut_sharing_weights(
     for layer in dict.fromkeys(site.layer for site in sites):
         layer_sites = [site for site in sites if site.layer == layer]
         losing = [site for site in layer_sites if len(plan.kept[site.name]) < site.units]
-        shared = [site for site in losing if _shares_weights(weight_owner, model, site)]
+        shared = []  # whose tensors in the weight owner are the model's, and can be reordered
+        for site in filter(can_share_weights, losing):
+            linears = [linear_slice.module for linear_slice, _ in site.linear_slices()]
+            pairs = [(get_base_linear(model, name), get_base_linear(weight_owner, name)) for name in linears]
+            same = (getattr(a, n).data_ptr() == getattr(b, n).data_ptr() for a, b in pairs for n in _weight_names(a))
+            shared += [site] if all(same) else []
         cut_linears(model, plan, sites=layer_sites)
         for site in shared:
             kept, units = plan.kept[site.name], list(range(site.units))
@@ -85,17 +90,6 @@ def unshare_weights(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.untyped_storage().nbytes() > tensor.nbytes:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-
-
-def _shares_weights(weight_owner: nn.Module, model: nn.Module, site: Site) -> bool:
-    """Whether the weight owner's tensors at a site are the model's, and can be reordered."""
-    if not can_share_weights(site):
-        return False
-    for linear_slice, _ in site.linear_slices():
-        linear, owned = (get_base_linear(module, linear_slice.module) for module in (model, weight_owner))
-        if any(getattr(linear, name).data_ptr() != getattr(owned, name).data_ptr() for name in _weight_names(linear)):
-            return False
-    return True
 
 
 def _weight_names(linear: Any) -> tuple[str, ...]:

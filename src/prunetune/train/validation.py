@@ -103,7 +103,15 @@ class Validation:
             return decision
         unmeasured = self.job.config.validate.share < 1 and not self.history.stride
         if unmeasured and step == max(1, every // 2) and step != last:
-            self._set_stride(record, decision)
+            # How many due ones are skipped, to stay below the share of the time:
+            # share = cost / (cost + steps * pace), solved for the steps from one validation to the next.
+            pace = (record["seconds"] - self.excluded_seconds) / (step - self.first_step)
+            _, cost = self._timed_scores(None if self.weight_trainer.is_cut else decision)
+            share = self.job.config.validate.share
+            stride = self.job.ranks.broadcast_from_main(max(1, math.ceil(cost * (1 - share) / (share * pace) / every)))
+            self.history = replace(self.history, stride=stride)
+            told = "a validation takes %.2f s, a step %.2f s: one takes place every %d steps"
+            log.info(told, cost, pace, stride * every)
             self.job.checkpoints.save(self.state_of(decision))  # measured once: resumed, it validates at the same steps
         elif step % (every * (self.history.stride or 1)) == 0 or step == last or self.schedule.is_judged_after(step):
             return self._validate(record, decision)
@@ -135,16 +143,6 @@ class Validation:
         return best
 
     # -- what a validation scores, and its price ------------------------------------------------------------------
-
-    def _set_stride(self, record: JsonObject, decision: Decision) -> None:
-        """Time one validation, and set how many due ones are skipped to stay below the share `validate.share`."""
-        pace = (record["seconds"] - self.excluded_seconds) / (record["step"] - self.first_step)
-        _, cost = self._timed_scores(None if self.weight_trainer.is_cut else decision)
-        share, every = self.job.config.validate.share, self.job.config.train.validate_every
-        # share = cost / (cost + steps * pace), solved for the steps from one validation to the next
-        stride = self.job.ranks.broadcast_from_main(max(1, math.ceil(cost * (1 - share) / (share * pace) / every)))
-        self.history = replace(self.history, stride=stride)
-        log.info("a validation takes %.2f s, a step %.2f s: one takes place every %d steps", cost, pace, stride * every)
 
     def _timed_scores(self, decision: Decision | None, *, is_judged: bool = False) -> tuple[dict[str, float], float]:
         """Scores of the model as it is or gated by the decision, the same on all ranks; and the seconds they took."""
