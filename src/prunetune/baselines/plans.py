@@ -1,7 +1,5 @@
 """Two-stage methods that search for a whole plan while all weights are frozen: a generator, and evolution."""
 
-from __future__ import annotations
-
 import random
 
 import torch

@@ -5,8 +5,6 @@ method is one decorated function here (docs/extend/baseline.md). Shapes: U units
 H hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options as dataclass fields: each holds type, default, help and bounds, by which values are read and checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -1,7 +1,5 @@
 """The recipe of a run: every option as one field, which is its YAML key, its flag and its check."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Paths that a recipe names start from the recipe's folder; those of the command line from the working folder."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

@@ -4,8 +4,6 @@ All of it is read from the model's modules, which may be on the meta device. `Un
 as `Plan.widths()` returns them; sites inside a removed unit keep zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ The package simple-icd-10-cm contains the tabular list of the classification as 
 three-character code), so search, valid and test have only categories that tuning never sees.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import xml.etree.ElementTree as ElementTree

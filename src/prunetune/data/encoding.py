@@ -4,8 +4,6 @@ Prompt and answer are tokenised separately, so that tuning and scoring split the
 template marks generations is tokenised as a whole, as TRL does.
 """
 
-from __future__ import annotations
-
 import logging
 from bisect import bisect_left, bisect_right
 from collections import Counter

@@ -1,7 +1,5 @@
 """File formats: numbered rows of JSON, JSON lines, CSV, Excel, Arrow and Parquet files, in any usual encoding."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Records: one training or test example each, made from a row of any source with every field checked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

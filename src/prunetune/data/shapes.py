@@ -4,8 +4,6 @@ A canonical row is {prompt, completion}, {prompt, choices, answer}, {messages, t
 checks what is in it. Columns are looked for in the order of the tables below, whatever their order in a file.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string

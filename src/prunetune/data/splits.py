@@ -1,7 +1,5 @@
 """The splits of a run, from train to general; missing ones are carved off train, overlaps are refused."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ The prompts ship with prunetune: general ones of several kinds, and requests tha
 model continues each; then every model predicts the same tokens, one model in memory at a time.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

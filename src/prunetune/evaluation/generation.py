@@ -1,7 +1,5 @@
 """Greedy generation in batches, with every token that ends an answer known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Log-likelihoods of given tokens: of choices after a shared prompt, and of the answers of examples."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Scores of a run's rows: each task's rows as a task of a suite, asked and scored by the suites' own engine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """How a model is run for scoring: evaluation mode, attention kernels, sizes, which sequences share a pass, padding."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A task's scores from its items, with standard errors: means in closed form; ratios, F1, BLEU, chrF by bootstrap."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias

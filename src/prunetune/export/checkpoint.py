@@ -4,8 +4,6 @@ Which widths a stock class accepts is asked before training, so that no run ends
 written.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

@@ -1,7 +1,5 @@
 """Export to safetensors: the same layout in another dtype, or a per-layer model padded to layers of equal width."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The export formats (uniform, per-layer, gguf, onnx) in one table, and `export_run`, which writes and checks one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The model card (README.md) of a checkpoint and of an export."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

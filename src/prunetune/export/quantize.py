@@ -6,8 +6,6 @@ before anything is loaded. (torchao's own int4 needs separate kernels, and canno
 Embeddings and the head are not quantised. The error against the unquantised model is reported, and a large one refused.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Open a written checkpoint in a fresh process with stock transformers, and compare its logits."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Cuts a model that does not fit into memory: one layer after another is read, gated, run, cut and written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Folders that hold a LoRA adapter of PEFT: written, and merged into their base once and kept in the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings

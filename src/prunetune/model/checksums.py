@@ -3,8 +3,6 @@
 Verified wherever a folder's weights are read: by runs, `eval`, `check`, `bench` and `export`.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path

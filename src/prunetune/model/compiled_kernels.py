@@ -5,8 +5,6 @@ whole layers would fuse more, but takes minutes where layers may have any width.
 adapter is attached to them.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Callable, Iterator

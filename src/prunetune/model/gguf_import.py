@@ -1,7 +1,5 @@
 """Opening a .gguf file: it is dequantised once into a model folder in the cache, and opened from there."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

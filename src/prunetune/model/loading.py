@@ -1,7 +1,5 @@
 """Loading a model, its configuration and its tokenizer from a folder, a hub name, a .gguf file or the word `demo`."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

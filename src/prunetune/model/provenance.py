@@ -1,7 +1,5 @@
 """Where a model comes from: digests of its files or the commit of a hub model, the runs that pruned it, its licence."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

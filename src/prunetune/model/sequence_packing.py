@@ -4,8 +4,6 @@ transformers passes `cu_seq_lens_q` and `max_length_q` to the registered attenti
 Shapes: N tokens of a row, S sequences, H query heads, G key-value heads, D numbers of a head.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Iterator

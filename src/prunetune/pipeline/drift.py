@@ -1,7 +1,5 @@
 """The drift of a run's models from the untuned one, on general prompts: one model in memory at a time."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Sequence

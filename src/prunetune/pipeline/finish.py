@@ -1,7 +1,5 @@
 """From a run's last checkpoint to `model/`: adapters merged and units cut at once, written, opened and compared."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Mapping, Sequence

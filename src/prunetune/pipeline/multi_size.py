@@ -6,8 +6,6 @@ teacher, the dense models' scores, the speed of all relative to the dense model,
 A run that was stopped continues in the size it was in.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Sequence

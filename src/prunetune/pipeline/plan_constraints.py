@@ -1,7 +1,5 @@
 """What plans a run may choose: constraints of model, layout and recipe, limits from budgets, and what plans cost."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator

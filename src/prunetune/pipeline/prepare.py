@@ -1,7 +1,5 @@
 """What a run needs before training: model and data opened, options decided, and what cannot work refused."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence

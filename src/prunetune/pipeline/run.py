@@ -1,7 +1,5 @@
 """One run, from recipe to report: prepare, train, finish, evaluate, measure, check the limits."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Each stage leaves one thing on disk and is skipped where that is complete. Cutting and writing is in `finish`.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import logging

@@ -1,7 +1,5 @@
 """How long a run will tune, before it does: FLOPs of its steps, over the speed of one layer on the device."""
 
-from __future__ import annotations
-
 import copy
 import time
 from statistics import fmean, median

@@ -11,8 +11,6 @@ Fisher matrix as a Kronecker product (Martens and Grosse 2015, arXiv 1503.05671;
 Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

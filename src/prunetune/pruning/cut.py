@@ -1,7 +1,5 @@
 """The exact cut: rows and columns of removed units leave linears, biases and adapters; blocks and layers go whole."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: N tokens, E experts, K of them picked for a token, H hidden size, I channels of an expert.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

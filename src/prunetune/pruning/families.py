@@ -5,8 +5,6 @@ linear consumes it, which is the coupling that structural pruning needs. `FAMILI
 and architectures without an entry are refused. docs/extend/family.md says how to add one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast

@@ -4,8 +4,6 @@ A kind of unit counts as prunable where a small model of the configuration, mask
 coupling that is read wrongly is refused, and never cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 GPT-2's `Conv1D` stores its weight as [in, out], and calls its sizes `nx` (in) and `nf` (out).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Scaling what a consumer reads by zero equals removing it, so no modelling code is copied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal

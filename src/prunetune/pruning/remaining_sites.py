@@ -4,8 +4,6 @@ Plans, scores and checkpoints always number the units of the dense model. Only g
 the model as it is now, which count from 0 again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 

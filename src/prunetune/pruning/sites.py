@@ -5,8 +5,6 @@ and the columns of o that read those query heads: rotary pairs stay whole, and g
 `prunetune.pruning.units` says what a site is and how sites nest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -12,8 +12,6 @@ v, or of gate and up, move together with columns of o, or of down, the same term
 Shapes: of a weight W [out, in], a cut keeps k rows or columns: W[:k] of producers, W[:, :k] of the consumer.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from typing import Any

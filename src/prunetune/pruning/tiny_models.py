@@ -1,7 +1,5 @@
 """A tiny random model of a configuration: all its switches and kinds of layers, and few units of every kind."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The parameters that the units of a site own, each with the sums of its entries by unit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ channels; a recipe chooses the kinds. A unit's own parameters leave out what the
 parameters are a plain sum over the units that it keeps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum

@@ -8,8 +8,6 @@ is *open* if the unit that contains it is kept.
 Shapes: N units of all sites, numbered through site after site; U units of one site, in G groups.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 

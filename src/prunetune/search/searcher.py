@@ -1,7 +1,5 @@
 """The search of ATP: the pruning-decision generator, gates of each step from its logits, the budget loss, the plan."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -4,8 +4,6 @@ A *shape* is the number of layers and the width of every kind of unit in each of
 that each open group of a site keeps: MLP channels, KV groups, query heads of a KV group, experts.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 from collections import Counter

@@ -4,8 +4,6 @@ Not saved: base weights, which come from the model; random states and data posit
 and the step.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

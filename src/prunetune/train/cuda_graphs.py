@@ -4,8 +4,6 @@ A small model's step is thousands of kernels of a few microseconds each; launchi
 long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA semantics).
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any

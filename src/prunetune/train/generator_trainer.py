@@ -1,7 +1,5 @@
 """The trainer of the pruning-decision generator (ATP, authors' code); `recipes/paper.yaml` uses it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Scores of units on the weights as they are: what decides every cut of progressive removal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """What a training run works on, and the interfaces of those who record and watch it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol

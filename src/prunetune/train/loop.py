@@ -16,8 +16,6 @@ settles while group sparsity drives the adapters of masked units to zero.
 The loss is a sum of named terms: the answers' cross-entropy, and the distance to a teacher (`train/losses.py`).
 """
 
-from __future__ import annotations
-
 from prunetune.plan import Plan
 from prunetune.search.select import Decision, select
 from prunetune.train.adapters import add_adapters, copy_adapters

@@ -6,8 +6,6 @@ one shape are updated together, and on a GPU an update is one CUDA graph: with h
 longer than the products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

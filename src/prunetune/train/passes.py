@@ -1,7 +1,5 @@
 """Forward and backward passes: padded anywhere, packed and recorded on a GPU, with the same losses and gradients."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

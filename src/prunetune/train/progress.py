@@ -1,7 +1,5 @@
 """Progress of a training run: records of steps, validations and checkpoints, and how a run resumes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 Both change the steps that follow, so both are part of every checkpoint: a resumed run continues as it would have.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence

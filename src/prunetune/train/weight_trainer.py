@@ -1,7 +1,5 @@
 """The trainer of the weights: the LoRA adapters, or all weights once the model is cut."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping
 

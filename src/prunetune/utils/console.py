@@ -1,7 +1,5 @@
 """Progress of a run on standard error: a live bar in a terminal, plain log lines elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

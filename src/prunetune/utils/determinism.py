@@ -1,7 +1,5 @@
 """Seeds of everything random, and deterministic kernels: the same bits on the same machine, on a GPU too."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Facts on the machine and the software: versions, commit, device, peak memory."""
 
-from __future__ import annotations
-
 import json
 import platform
 import resource

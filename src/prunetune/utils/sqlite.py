@@ -1,7 +1,5 @@
 """SQLite files that only save work: a damaged one is renamed, so that a new one takes its place."""
 
-from __future__ import annotations
-
 import logging
 import sqlite3
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """CPU threads: how many this process may use, and the lock of those that record CUDA graphs. No torch here."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import MutableMapping

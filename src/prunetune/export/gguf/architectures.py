@@ -3,8 +3,6 @@
 Read from its loaders (src/models/*.cpp, release of 2026-10-01) and tested in it. Names of tensors are gguf-py's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType

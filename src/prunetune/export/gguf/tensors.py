@@ -1,7 +1,5 @@
 """A model's tensors in llama.cpp's names, row order and types; read and converted block by block."""
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import math

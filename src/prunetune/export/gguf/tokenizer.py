@@ -4,8 +4,6 @@ llama.cpp does not read the pattern that splits a text before merging; it has a 
 is looked up, and one that is not in the table is refused: with a wrong name the tokenizer would be almost right.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Export to GGUF: writes a model as one file, tensor by tensor, reads it back, and checks it in llama.cpp."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """Several ranks: losses and gradients summed, checkpoints written by the first, frozen weights sharded by FSDP2."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -4,8 +4,6 @@ A batch is a function of seed and step, so every rank knows all of it and takes 
 counts of the whole batch and gradients are summed over ranks: the arithmetic of one process, but for the order of sums.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
