@@ -17,8 +17,8 @@ from prunetune.errors import DataError
 from prunetune.evaluation.drift_results import drift_verdict
 from prunetune.evaluation.results import Evaluation
 from prunetune.export import selfcheck
-from prunetune.pipeline import drift as stage
 from prunetune.pipeline import multi_size
+from prunetune.pipeline import stages as stage
 from prunetune.pipeline.run import run
 from support.again import reopen_here
 from support.evaluation import write_model_and_rows

@@ -21,8 +21,7 @@ from prunetune.pruning.compensation import compensate_consumers, consumer_name, 
 from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
-from prunetune.pruning.unit_weights import unit_weights
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, unit_weights
 from prunetune.search.select import Scores
 from prunetune.utils.determinism import derive_seed
 

@@ -142,7 +142,21 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
             f"limits: no validation comes before the last decision at step {last_cut}, so there is nothing to go back "
             f"to; lower train.validate_every ({every}) to that at most, or raise search.span"
         )
-    _raise_if_gain_unreachable(context)
+    required, keep, constraints = context.config.require.smaller, context.config.budget.keep, context.constraints
+    if required and not constraints.limits:  # budgets of other kinds do not fix the share of parameters
+        prunable, nested_sites = prunable_params(context.sites), NestedSites(context.sites)
+        dense = {site.name: site.units for site in context.sites}
+        block = max(block_size(it, constraints) * nested_sites.params_with_children(it, dense) for it in context.sites)
+        if constraints.layout == "uniform":  # a block is pruned in all layers at once
+            block *= len({site.layer for site in context.sites})
+        fewest_params = max(min_params(context.sites, constraints), keep * prunable - block)
+        reachable = (prunable - fewest_params) / context.dense_params
+        if reachable < required:
+            raise ConfigError(
+                f"require.smaller {required:g}: under budget.keep {keep:g} at most {reachable:.1%} of all parameters "
+                f"can be pruned ({1 - prunable / context.dense_params:.0%} are embeddings, head and norms, which are "
+                "kept): lower one of the two"
+            )
     max_rows = context.config.validate.limit
     return ValidationMonitor(
         context,
@@ -150,28 +164,6 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
         choice_rows=tuple(stable_sample(choice_rows if needs_accuracy else (), max_rows)),
         guard_rows=tuple(stable_sample(context.splits.guard, max_rows)),
     )
-
-
-def _raise_if_gain_unreachable(context: RunContext) -> None:
-    """Raises `ConfigError` where no plan of this budget is as much smaller as `require.smaller` asks."""
-    required, keep, constraints = context.config.require.smaller, context.config.budget.keep, context.constraints
-    if not required or constraints.limits:  # budgets of other kinds do not fix the share of parameters
-        return
-    prunable, nested_sites = prunable_params(context.sites), NestedSites(context.sites)
-    dense_units = {site.name: site.units for site in context.sites}
-    block = max(
-        block_size(site, constraints) * nested_sites.params_with_children(site, dense_units) for site in context.sites
-    )
-    if constraints.layout == "uniform":  # a block is pruned in all layers at once
-        block *= len({site.layer for site in context.sites})
-    fewest_params = max(min_params(context.sites, constraints), keep * prunable - block)
-    reachable = (prunable - fewest_params) / context.dense_params
-    if reachable < required:
-        raise ConfigError(
-            f"require.smaller {required:g}: under budget.keep {keep:g} at most {reachable:.1%} of all parameters can "
-            f"be pruned ({1 - prunable / context.dense_params:.0%} are embeddings, head and norms, which are kept): "
-            "lower one of the two"
-        )
 
 
 # -- plans packed into JSON --------------------------------------------------------------------------------------------

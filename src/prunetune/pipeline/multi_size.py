@@ -19,7 +19,6 @@ from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
 from prunetune.manifest import ModelSpeeds, SizeFacts
 from prunetune.model.loading import pick_device
-from prunetune.pipeline.drift import evaluate_drift
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor
 from prunetune.pipeline.prepare import Console, RunContext, prepare
@@ -36,6 +35,7 @@ from prunetune.pipeline.stages import (
     choose_learning_rate,
     dense_model_names,
     evaluate_all,
+    evaluate_drift,
     evaluate_models,
     load_model,
     make_teacher_factory,

@@ -22,7 +22,8 @@ from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
 from prunetune.data.sources import SplitName
 from prunetune.errors import DataError, ModelError, RunFolderError
-from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.drift import continuations, load_prompts, measure_drift, predict_next_tokens
+from prunetune.evaluation.results import Evaluation, TaskResult
 from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
 from prunetune.model.adapter_folder import write_adapter_folder
@@ -332,3 +333,43 @@ def load_model(context: RunContext, name: str) -> Any:
 
 def _load_pruned(context: RunContext, dtype: torch.dtype) -> Any:
     return load_model_and_tokenizer(str(context.folder.model_folder), device=context.device, dtype=dtype).model
+
+
+def evaluate_drift(context: RunContext, sizes: Sequence[RunContext] | None = None) -> None:
+    """Write `evaluation/drift.json`, of a run of several sizes into each one's folder.
+
+    Skipped where that can be read, and where `evaluate.drift` is off.
+    """
+    tokenizer, max_tokens = context.tokenizer, context.config.evaluate.max_tokens
+    runs = []
+    for run in (context,) if sizes is None else sizes:
+        file = run.folder.drift_file
+        try:
+            if file.exists():
+                Evaluation.from_json(read_text(file))
+                continue
+        except (OSError, ValueError, DataError) as broken:
+            log.warning("%s cannot be read (%s): it is measured again", file, broken)
+        runs.append(run)
+    if not context.config.evaluate.drift or not runs:
+        return
+    with record_timing(context.folder, "drift"):
+        context.console.stage("measure drift", 0)
+        model = load_model(context, "dense")
+        try:
+            reference = continuations(model, tokenizer, load_prompts(), max_tokens)
+        except DataError as unusable:
+            log.warning("drift is not measured: %s", unusable)
+            return
+        predictions = predict_next_tokens(model, tokenizer, reference, max_tokens)
+        del model
+
+        def measure(run: RunContext, name: str) -> TaskResult:
+            gc.collect()  # one model frees its memory before the next is loaded
+            found = measure_drift(name, load_model(run, name), tokenizer, reference, predictions, max_tokens)
+            redaction = run.config.report.redaction  # a tuned model may answer with what it learnt from a row
+            return replace(found, items=tuple(replace(item, got=redaction.text(item.got)) for item in found.items))
+
+        tuned = {name: measure(context, name) for name in dense_model_names(context.config)[1:]}
+        for run in runs:
+            write_text(run.folder.drift_file, Evaluation(tuned | {"pruned": measure(run, "pruned")}).to_json())

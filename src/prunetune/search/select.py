@@ -20,7 +20,7 @@ from prunetune.cost.deployment import Cost, total_cost
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.units import Site, children_by_site, prunable_params
+from prunetune.pruning.units import Site, prunable_params
 from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import PlanConstraints, block_size, check_tensor_parallel, min_width
 from prunetune.search.uniform import min_uniform_widths, uniform_widths
@@ -241,12 +241,7 @@ def with_limits(
             f"({first.format_cost(first.dense_cost)}), so nothing would have to be pruned: "
             f"state {'more' if first.kind == 'throughput' else 'less'} than that"
         )
-    prices_with_children = _prices_with_children(nested_sites, constraints, budgets)
-    child_sites, prices = children_by_site(sites), {}  # of units without the units that they contain
-    for site in sites:
-        children = child_sites.get(site.name, ())
-        inside = sum(child.units // site.units * prices_with_children[child.name] for child in children)
-        prices[site.name] = max(prices_with_children[site.name] - inside, MIN_PRICE)
+    prices, prices_with_children = _unit_prices(nested_sites, constraints, budgets)
     limits = BudgetLimits(tuple(budgets), requested_keep, 0.0, 0.0, prices, prices_with_children)
     plan = select(uniform_scores(sites), sites, 0.0, replace(constraints, limits=limits))
     feasible_keep = _kept_share(plan, {site.name: site.unit_params for site in sites})
@@ -254,16 +249,10 @@ def with_limits(
     return replace(constraints, limits=limits)
 
 
-def _kept_share(plan: Plan, prices: Mapping[str, float]) -> float:
-    """Price of the kept units over that of all units."""
-    kept = sum(len(units) * prices[site] for site, units in plan.kept.items())
-    return float(kept / sum(count * prices[site] for site, count in plan.units.items()))
-
-
-def _prices_with_children(
+def _unit_prices(
     nested_sites: NestedSites, constraints: PlanConstraints, budgets: Sequence[BudgetLimit]
-) -> dict[str, float]:
-    """{site: price of a unit and all that it contains}, as parameters that cost the budgets as much.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """{site: price of a unit}, without and with all that it contains, as parameters that cost the budgets as much.
 
     A budget weighs as much as the share of the dense cost that it asks to remove, so one that the dense model meets
     does not count, unless it meets all.
@@ -271,7 +260,7 @@ def _prices_with_children(
     removals = [max(0.0, 1 - budget.limit / budget.dense_cost) for budget in budgets]
     removals = removals if any(removals) else [1.0] * len(budgets)
     all_params = sum(site.params for site in nested_sites.sites)
-    prices = {site.name: 0.0 for site in nested_sites.sites}
+    with_children = {site.name: 0.0 for site in nested_sites.sites}
     for budget, removal in zip(budgets, removals, strict=True):
         cost = max(budget.costs, key=lambda cost: total_cost(cost, cost.dense_shape.dense_counts()))
         unit_costs = {}  # mean cost of a unit with all that it contains, between the dense width and the least
@@ -286,6 +275,22 @@ def _prices_with_children(
             unit_costs[site.name] = saved / (dense[site.name] - narrow[site.name])
         prunable_cost = sum(site.units * unit_costs[site.name] for site in nested_sites.sites if not site.parent)
         for name, unit_cost in unit_costs.items():
-            prices[name] += removal / sum(removals) * unit_cost * all_params / prunable_cost if prunable_cost else 0.0
+            with_children[name] += (
+                removal / sum(removals) * unit_cost * all_params / prunable_cost if prunable_cost else 0.0
+            )
     total_params = {site.name: site.total_unit_params for site in nested_sites.sites}
-    return {name: max(price, MIN_PRICE * total_params[name], MIN_PRICE) for name, price in prices.items()}
+    prices_with_children = {
+        name: max(price, MIN_PRICE * total_params[name], MIN_PRICE) for name, price in with_children.items()
+    }
+    prices = {}  # of units without the units that they contain
+    for site in nested_sites.sites:
+        children = nested_sites.child_sites.get(site.name, ())
+        inside = sum(child.units // site.units * prices_with_children[child.name] for child in children)
+        prices[site.name] = max(prices_with_children[site.name] - inside, MIN_PRICE)
+    return prices, prices_with_children
+
+
+def _kept_share(plan: Plan, prices: Mapping[str, float]) -> float:
+    """Price of the kept units over that of all units."""
+    kept = sum(len(units) * prices[site] for site, units in plan.kept.items())
+    return float(kept / sum(count * prices[site] for site, count in plan.units.items()))

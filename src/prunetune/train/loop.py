@@ -19,8 +19,7 @@ The loss is a sum of named terms: the answers' cross-entropy, and the distance t
 from prunetune.plan import Plan
 from prunetune.search.select import Decision, select
 from prunetune.train.adapters import add_adapters, copy_adapters
-from prunetune.train.generator_trainer import GeneratorTrainer
-from prunetune.train.importance import score_units
+from prunetune.train.decisions import GeneratorTrainer, score_units
 from prunetune.train.job import TrainingJob
 from prunetune.train.parallel.distributed import distribute_passes, shard_layers
 from prunetune.train.passes import build_passes

@@ -10,7 +10,7 @@ from prunetune.pruning.units import kept_share
 from prunetune.search.select import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors
-from prunetune.train.generator_trainer import GeneratorTrainer
+from prunetune.train.decisions import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
 from prunetune.train.step_guard import StepGuard
