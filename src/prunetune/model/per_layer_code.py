@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,18 @@ def generate_code(values: Mapping[str, Any], folder: object) -> tuple[PerLayerNa
     """
     model = build_meta_model(dense_config(values, folder))
     names = PerLayerNames.from_model(model)
-    kinds = _resized_kinds(values["per_layer_config"].values(), model)
+    own_values, heads = values["per_layer_config"].values(), head_counts(model.config)
+    # The kinds of unit that some layer has fewer of, or none.
+    keys = {key for own in own_values for key in (*own, *own.get("skip", ()))}
+    options = width_option_names(model.config)
+    kinds = {kind for kind in UnitKind if options.get(kind) in keys} - {UnitKind.QUERY_HEAD}
+    for own in own_values:
+        queries = own.get("num_attention_heads", heads.query_heads)
+        if queries != own.get("num_key_value_heads", heads.kv_heads) * heads.queries_per_kv_head:
+            kinds.add(UnitKind.QUERY_HEAD)
+    kinds |= {UnitKind.KV_GROUP, UnitKind.ATTENTION_BLOCK} if "attention" in keys else set()
+    kinds |= {UnitKind.MLP_BLOCK} if "mlp" in keys else set()
+    kinds -= set(architecture_info(model).unprunable)
     sites = find_sites(model, [kind.recipe_name for kind in kinds] or DEFAULT_UNITS)
     layers_by_lines: dict[tuple[str, ...], list[int]] = {}  # where layers are of several makes, by their index
     for layer in range(len(architecture_info(model).layer_prefixes)):
@@ -100,22 +111,6 @@ def generate_code(values: Mapping[str, Any], folder: object) -> tuple[PerLayerNa
     fields["digest"] = f"modeling_pruned.py {hashlib.sha256(modeling.encode()).hexdigest()[:12]}"
     configuration = CONFIGURATION_TEMPLATE.substitute(fields)
     return names, {"configuration_pruned.py": configuration, "modeling_pruned.py": modeling}
-
-
-def _resized_kinds(layers: Iterable[Mapping[str, Any]], model: Any) -> set[UnitKind]:
-    """The kinds of unit that some layer in `per_layer_config` has fewer of, or none."""
-    options, heads = width_option_names(model.config), head_counts(model.config)
-    keys = {key for layer in layers for key in (*layer, *layer.get("skip", ()))}
-    kinds = {kind for kind in UnitKind if options.get(kind) in keys} - {UnitKind.QUERY_HEAD}
-    if any(
-        layer.get("num_attention_heads", heads.query_heads)
-        != layer.get("num_key_value_heads", heads.kv_heads) * heads.queries_per_kv_head
-        for layer in layers
-    ):
-        kinds.add(UnitKind.QUERY_HEAD)
-    kinds |= {UnitKind.KV_GROUP, UnitKind.ATTENTION_BLOCK} if "attention" in keys else set()
-    kinds |= {UnitKind.MLP_BLOCK} if "mlp" in keys else set()
-    return kinds - set(architecture_info(model).unprunable)
 
 
 def _layer_statements(sites: Sequence[Site], layer: str, model: Any) -> list[str]:

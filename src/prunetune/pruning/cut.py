@@ -222,7 +222,10 @@ def add_adapter(linear: nn.Module, weight: Tensor, lora_a: Tensor, lora_b: Tenso
 
 
 class RemovedAttention(nn.Module):
-    """Replaces attention that has no KV group left: its output is zero, or a constant [hidden]."""
+    """Replaces attention that has no KV group left: its output is zero, or a constant [hidden].
+
+    It also replaces a mixture of experts that returns router scores: None stands for them.
+    """
 
     def __init__(self, constant: Tensor | None = None) -> None:
         super().__init__()
@@ -243,7 +246,7 @@ class ResidualPassthrough(nn.Module):
 
 
 class RemovedLinear(nn.Module):
-    """Replaces a linear: its output is zeros, as many as the next linear reads."""
+    """Replaces a linear, or a mixture of experts: its output is zeros, as many as the next module reads."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -252,19 +255,6 @@ class RemovedLinear(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., columns] -> zeros [..., rows]."""
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.rows)
-
-
-class RemovedMixture(nn.Module):
-    """Replaces a mixture of experts: its output is zeros, with None for router scores if the block returned them."""
-
-    def __init__(self, *, scores: bool) -> None:
-        super().__init__()
-        self.scores = scores
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        """[..., hidden] -> zeros of the same shape."""
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.scores else zeros
 
 
 def remove_block(model: Any, site: Site) -> None:
@@ -278,7 +268,8 @@ def remove_block(model: Any, site: Site) -> None:
         return
     mixture, layer = family.mixture, model.get_submodule(prefix)
     if mixture and hasattr(layer.get_submodule(mixture.block), mixture.experts.rpartition(".")[2]):
-        replace_module(model, f"{prefix}.{mixture.block}", RemovedMixture(scores=mixture.returns_scores))
+        zeros = RemovedLinear(model.config.get_text_config().hidden_size)
+        replace_module(model, f"{prefix}.{mixture.block}", RemovedAttention() if mixture.returns_scores else zeros)
         return
     block = architecture.mlp
     assert block is not None

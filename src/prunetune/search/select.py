@@ -61,31 +61,7 @@ def select(
     if constraints.layout == "uniform":
         fits_limits = tracker.fits if cost_limits else None
         return nested_sites.best_plan(uniform_widths(nested_sites, target_params, constraints, fits_limits))
-    return nested_sites.best_plan(_per_layer_widths(nested_sites, target_params, constraints, tracker))
-
-
-def min_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
-    """Widths of the smallest legal plan: {site: units of each open group}."""
-    if constraints.layout == "uniform":
-        return min_uniform_widths(nested_sites, constraints)
-    return {site.name: min_width(site, constraints) for site in nested_sites.sites}
-
-
-def min_params(sites: Sequence[Site], constraints: PlanConstraints) -> int:
-    """Prunable parameters of the smallest legal plan."""
-    nested_sites = NestedSites(sites)
-    return nested_sites.total_params(min_widths(nested_sites, constraints))
-
-
-def min_feasible_keep(sites: Sequence[Site], constraints: PlanConstraints) -> float:
-    """The smallest keep that some legal plan meets, as a share of the prunable parameters."""
-    return min_params(sites, constraints) / prunable_params(sites)
-
-
-def _per_layer_widths(
-    nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, tracker: BudgetTracker
-) -> dict[str, int]:
-    """Widths of the maximal plan that grows from the smallest by the blocks of highest score: {site: width}."""
+    # The maximal plan grows from the smallest by the blocks of highest score.
     widths = min_widths(nested_sites, constraints)
     params = nested_sites.total_params(widths)
     tracker.start_from(widths)
@@ -108,7 +84,25 @@ def _per_layer_widths(
         else:
             widths[site.name] += block
             params += block_params
-    return widths
+    return nested_sites.best_plan(widths)
+
+
+def min_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
+    """Widths of the smallest legal plan: {site: units of each open group}."""
+    if constraints.layout == "uniform":
+        return min_uniform_widths(nested_sites, constraints)
+    return {site.name: min_width(site, constraints) for site in nested_sites.sites}
+
+
+def min_params(sites: Sequence[Site], constraints: PlanConstraints) -> int:
+    """Prunable parameters of the smallest legal plan."""
+    nested_sites = NestedSites(sites)
+    return nested_sites.total_params(min_widths(nested_sites, constraints))
+
+
+def min_feasible_keep(sites: Sequence[Site], constraints: PlanConstraints) -> float:
+    """The smallest keep that some legal plan meets, as a share of the prunable parameters."""
+    return min_params(sites, constraints) / prunable_params(sites)
 
 
 def _candidate_blocks(
