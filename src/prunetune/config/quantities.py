@@ -3,12 +3,11 @@
 An amount is written as text, so that a budget is one flag or one entry of a recipe: `0.6`, `60%`, `1.5GB`, `25ms`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from prunetune.errors import ConfigError
 from prunetune.utils.untrusted import short_repr
@@ -38,7 +37,7 @@ class Amount:
     is_share: bool
 
     @classmethod
-    def parse(cls, text: str, kind: str) -> Amount:
+    def parse(cls, text: str, kind: str) -> Self:
         """Read an amount; a number without a unit is a share. Raises `ConfigError`."""
         match = AMOUNT_PATTERN.fullmatch(text.strip())
         value, unit = (float(match["number"]), match["unit"]) if match else (math.nan, "")

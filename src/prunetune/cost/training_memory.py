@@ -5,12 +5,10 @@ layer with RMSNorm-like norms and frozen linears with adapters. Kernel workspace
 CUDA process (about half a GB) are not counted. `docs/scaling.md` compares estimates with measurements.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -43,7 +41,7 @@ class AdaptedLinear:
         """Weights without the bias."""
         return self.rows * self.columns
 
-    def after_cut(self, keep: float) -> AdaptedLinear:
+    def after_cut(self, keep: float) -> Self:
         """The linear after a plan that keeps this share of every site."""
         if self.cut_axis == ROWS:
             return replace(self, rows=round(keep * self.rows))

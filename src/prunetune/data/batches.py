@@ -3,14 +3,12 @@
 Shapes: B examples of a batch, T tokens of the longest one.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each row without padding
     example_ids: tuple[str, ...]
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
 
     @property
@@ -206,7 +204,7 @@ class PackedBatch:
         """The tensors, in the order of the fields."""
         return [getattr(self, name) for name in TENSOR_FIELDS]
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> PackedBatch:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The same with other tensors, in the order of `tensors()`."""
         return replace(self, **dict(zip(TENSOR_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 

@@ -1,7 +1,5 @@
 """Sources of records: files, globs, data sets of the Hugging Face hub, and `demo`."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import math
@@ -10,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from prunetune.config.recipe import DataConfig
 from prunetune.config.recipe_paths import MAX_DEEP_STARS
@@ -52,7 +50,7 @@ class Source:
     weight: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str) -> Self:
         """Read a source and its weight: "a.jsonl*2" counts double. Raises `DataError`.
 
         A glob that ends in a number needs a weight of its own.

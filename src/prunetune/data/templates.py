@@ -1,12 +1,10 @@
 """Jinja2 templates and expressions over the fields of a row, sandboxed and bounded; `data.columns` is made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 from prunetune.config.recipe import ColumnsConfig
 from prunetune.errors import ConfigError, DataError
@@ -109,7 +107,7 @@ class ColumnMapping:
     names: Mapping[str, frozenset[str]]  # the columns that each field is from
 
     @classmethod
-    def compile(cls, config: ColumnsConfig) -> ColumnMapping | None:
+    def compile(cls, config: ColumnsConfig) -> Self | None:
         """The mapping, or None if no column is named; raises `ConfigError` for a template that is none."""
         texts = {key: text for key, text in asdict(config).items() if text}
         renderers: dict[str, RowRenderer] = {}

@@ -1,13 +1,11 @@
 """Validation during a run: scores of valid and guard rows, limits that can act, and a record of every decision."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -70,7 +68,7 @@ class ValidationMonitor:
         """The scores of valid that `budget.quality` is of: as many items of each task as at the end of a run."""
         return self._evaluate(model, self.context.splits.valid, self.context.config.evaluate.limit)
 
-    def with_reference(self, load_tuned: Callable[[], Any]) -> ValidationMonitor:
+    def with_reference(self, load_tuned: Callable[[], Any]) -> Self:
         """The same with the scores of the tuned dense model, if `budget.quality` needs them."""
         if not self.context.config.budget.quality:
             return self

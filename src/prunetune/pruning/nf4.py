@@ -5,10 +5,8 @@ keeps or removes whole: blocks run along the rows of producers, which lose rows,
 which lose columns. So a unit leaves with whole blocks, every other bit is kept, and cutting a quantised model is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +50,7 @@ class NF4Linear(nn.Linear):
         self.bias: Any = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: Any, *, cut_axis: int, dtype: torch.dtype, device: torch.device) -> NF4Linear:
+    def from_linear(cls, linear: Any, *, cut_axis: int, dtype: torch.dtype, device: torch.device) -> Self:
         """A linear or Conv1D in 4 bits on a device, which for a moment also holds its weight in `dtype`."""
         weight = as_out_in(linear, linear.weight.detach()).to(device, dtype)
         bias = None if linear.bias is None else linear.bias.to(device, dtype)
@@ -91,7 +89,7 @@ class NF4Linear(nn.Linear):
         linear.weight, linear.bias = nn.Parameter(self.weight.contiguous(), requires_grad=False), self.bias
         return linear
 
-    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move to a device or dtype as any module, but keep the scales in float32."""
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

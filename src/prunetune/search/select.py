@@ -5,11 +5,10 @@ channels; a site of several groups adds as many in each. What a unit contains is
 A plan is *maximal*: it meets the budgets, and no further block would.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -183,7 +182,7 @@ class Decision:
     plan: Plan | None = None
 
     @classmethod
-    def from_plan(cls, plan: Plan, sites: Sequence[Site], device: torch.device | str = "cpu") -> Decision:
+    def from_plan(cls, plan: Plan, sites: Sequence[Site], device: torch.device | str = "cpu") -> Self:
         """The gates of a plan, with it."""
         return cls(detach_to(gates_from_plan(plan, sites), device), plan)
 

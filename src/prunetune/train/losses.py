@@ -6,12 +6,10 @@ Padded, packed, recorded, compiled and distributed passes all go through `Traini
 Shapes: N tokens of a pass in all its rows, M of them with a label behind them, V vocabulary, H hidden size.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -132,7 +130,7 @@ class TrainingLoss:
     compiled: bool = False
 
     @classmethod
-    def from_config(cls, config: RunConfig, *, has_teacher: bool) -> TrainingLoss:
+    def from_config(cls, config: RunConfig, *, has_teacher: bool) -> Self:
         """The terms to which the recipe gives a weight, and whose teacher there is."""
         usable = {name: term for name, term in TERMS.items() if has_teacher or not term.needs_teacher}
         weights = {name: term.weight(config) for name, term in usable.items()}

@@ -4,15 +4,13 @@
 the loop with `RolledBack`: the caller starts it again, as for any stopped run. *stop* raises `LimitBroken`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from prunetune.config.score_limits import QUALITY, ScoreLimit
 from prunetune.errors import LimitBroken
@@ -54,7 +52,7 @@ class ValidationHistory:
         return asdict(self) | {"schedule": self.schedule.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ValidationHistory:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` wrote."""
         return cls(**{**values, "schedule": Schedule.from_dict(values["schedule"]), "events": tuple(values["events"])})
 
