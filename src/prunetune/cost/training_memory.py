@@ -34,7 +34,7 @@ class AdaptedLinear:
     rows: int
     columns: int
     cut_axis: int  # the axis that a cut shortens
-    can_share: bool = True  # whether its cut weight can be a view of a teacher's, see `pruning.shared_weights`
+    can_share: bool = True  # whether its cut weight can be a view of a teacher's, see `pruning.teacher_student_weights`
 
     @property
     def weight_count(self) -> int:

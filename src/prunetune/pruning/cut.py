@@ -188,7 +188,7 @@ def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
         base: Any = module.get_base_layer()
         base = base.dequantize() if isinstance(base, NF4Linear) else base
         if trainable:
-            # A copy even where it is float32 already: a teacher may share the weight, see `shared_weights`.
+            # A copy even where it is float32 already: a teacher may share the weight, see `teacher_student_weights`.
             base.weight = nn.Parameter(base.weight.to(torch.float32, copy=True), requires_grad=True)
         for adapter, lora_a in module.lora_A.items():
             add_adapter(base, base.weight.data, lora_a.weight, module.lora_B[adapter].weight, module.scaling[adapter])

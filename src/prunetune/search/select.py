@@ -22,7 +22,7 @@ from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.units import Site, prunable_params
 from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import PlanConstraints, block_size, check_tensor_parallel, min_width
-from prunetune.search.uniform import min_uniform_widths, uniform_widths
+from prunetune.search.uniform import UniformPlanner
 
 Scores = Mapping[str, Tensor]  # site name -> one score per unit [U]; higher ones are kept
 
@@ -58,8 +58,12 @@ def select(
             "within all budgets: raise one of them, or lower budget.align, budget.min_groups or budget.min_share"
         )
     if constraints.layout == "uniform":
-        fits_limits = tracker.fits if cost_limits else None
-        return nested_sites.best_plan(uniform_widths(nested_sites, target_params, constraints, fits_limits))
+        planner = UniformPlanner(nested_sites, constraints)
+        shapes = list(planner.shapes_within(target_params, tracker.fits if cost_limits else None))
+        if not shapes:
+            raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
+        best = max(shapes, key=lambda shape: (planner.weighted_score(shape), planner.total_params(shape)))
+        return nested_sites.best_plan(planner.widths_by_site(best))
     # The maximal plan grows from the smallest by the blocks of highest score.
     widths = min_widths(nested_sites, constraints)
     params = nested_sites.total_params(widths)
@@ -89,7 +93,8 @@ def select(
 def min_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
     """Widths of the smallest legal plan: {site: units of each open group}."""
     if constraints.layout == "uniform":
-        return min_uniform_widths(nested_sites, constraints)
+        planner = UniformPlanner(nested_sites, constraints)
+        return planner.widths_by_site(min(planner.legal_shapes(), key=planner.total_params))
     return {site.name: min_width(site, constraints) for site in nested_sites.sites}
 
 

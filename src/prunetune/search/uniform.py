@@ -156,21 +156,3 @@ class UniformPlanner:
 def with_channels(shape: Shape, width: int) -> Shape:
     """The shape with channels of this width, in MLPs and experts."""
     return shape | {UnitKind.MLP_CHANNEL: width, UnitKind.EXPERT_CHANNEL: width}
-
-
-def uniform_widths(
-    nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
-) -> dict[str, int]:
-    """Widths {site: units of each open group} of the shape of the highest scores; raises `PlanError` if none fits."""
-    planner = UniformPlanner(nested_sites, constraints)
-    shapes = list(planner.shapes_within(target_params, fits_budgets))
-    if not shapes:
-        raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
-    best = max(shapes, key=lambda shape: (planner.weighted_score(shape), planner.total_params(shape)))
-    return planner.widths_by_site(best)
-
-
-def min_uniform_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
-    """Widths of the smallest legal shape: {site: units of each open group}."""
-    planner = UniformPlanner(nested_sites, constraints)
-    return planner.widths_by_site(min(planner.legal_shapes(), key=planner.total_params))
