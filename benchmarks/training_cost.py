@@ -31,17 +31,16 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.pipeline.prepare import resolve_auto
-from prunetune.pruning.units import dense_plan
+from prunetune.pruning.units import dense_plan, prunable_params
 from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.forward import base_teacher
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import build_schedule, one_cut_schedule
-from prunetune.train.teacher import base_teacher
 from prunetune.utils.environment import device_name, peak_memory_mb
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet

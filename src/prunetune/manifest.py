@@ -110,16 +110,6 @@ def _to_json(value: Any) -> Any:
     return [_to_json(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
-def _read_command(value: Any) -> str | None:
-    """One line, as it could be typed; some manifests list its words."""
-    return shlex.join(map(str, value)) if isinstance(value, list) else _read(str | None, value)
-
-
-def _read_measured(value: Any) -> float | None:
-    """A number, finite or not: errors quote a score that is not finite."""
-    return value if isinstance(value, float) else finite_number(value)
-
-
 # -- what went in ------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +231,10 @@ class LimitFacts(ManifestPart):
 
     condition: str = json_key("gate")
     limit: float | None
-    measured: float | None = json_key("found", read=_read_measured)
+    # Finite or not: errors quote a score that is not finite.
+    measured: float | None = json_key(
+        "found", read=lambda value: value if isinstance(value, float) else finite_number(value)
+    )
     is_met: bool = json_key("held")
     figure: str | None = None  # of a speed-up: the speed that counts
     explanation: str | None = json_key("says", default=None)  # why it was missed
@@ -353,7 +346,10 @@ class Manifest(ManifestPart):
     ended: str | None  # "" while it works
     host: str | None  # the computer that worked last
     begun_in: str | None  # the working folder of the run's command, seen from the run folder: paths start there
-    command: str | None = json_key("command", read=_read_command)
+    command: str | None = json_key(
+        "command",  # as it could be typed; some manifests list its words
+        read=lambda value: shlex.join(map(str, value)) if isinstance(value, list) else _read(str | None, value),
+    )
     commit: str | None  # this and the next three: of the process that wrote last
     versions: Mapping[str, str]
     device: str | None

@@ -21,7 +21,6 @@ from prunetune.cli.output import render_run
 from prunetune.compare.run import compare
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ConfigError, LimitBroken, ModelError, PlanError, RunFolderError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
 from prunetune.export.source import ExportSource
@@ -30,7 +29,7 @@ from prunetune.pipeline import run as run_module
 from prunetune.pipeline.run import run as run_pipeline
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.runs.folder import RunFolder, create_run_folder, open_run
 from prunetune.runs.history import list_runs
 from prunetune.runs.watch import active_run

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
-from prunetune.evaluation import Evaluation, Item, Score, TaskResult
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from prunetune.config.recipe import LoraSettings, RunConfig, from_mapping
-from prunetune.data import packing
+from prunetune.data import batches
+from prunetune.data.batches import group_for_packing, pack_examples, round_up_length
 from prunetune.data.encoding import Example
-from prunetune.data.packing import group_for_packing, pack_examples, round_up_length
 from prunetune.model import sequence_packing
 from prunetune.model.sequence_packing import supports_packing
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.train.forward import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
-from prunetune.train.teacher import Teacher
 from support.models import ALL_FAMILIES, random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -45,8 +45,8 @@ def config_of(micro_tokens: int = 10_000, logits: float = 1.0, hidden: float = 1
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round row lengths up to 32 tokens: the default of a thousand is for GPUs."""
-    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
-    monkeypatch.setattr(packing, "LABEL_STEP", 32)
+    monkeypatch.setattr(batches, "TOKEN_STEP", 32)
+    monkeypatch.setattr(batches, "LABEL_STEP", 32)
 
 
 # Soft-capped scores; keyword arguments that end before attention; attention of their own; sinks.

@@ -3,13 +3,11 @@
 It is written as text, so that it is one flag or one entry of a recipe: `guard.perplexity <= 1.5x -> roll-back`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from prunetune.config.quantities import NUMBER
 from prunetune.errors import ConfigError
@@ -44,14 +42,14 @@ class ScoreLimit:
         return self.metric == QUALITY or self.metric.startswith(STAGE_SCORE)
 
     @classmethod
-    def of_stages(cls, text: str) -> ScoreLimit:
+    def of_stages(cls, text: str) -> Self:
         """The limit of an entry of `budget.quality_limits`, as `normalize_quality_limit` gives it."""
         name, _, value = text.rpartition("=")
         lower_is_better = name.rpartition(".")[2] == "nll"
         return cls(f"{STAGE_SCORE}{name}", "<=" if lower_is_better else ">=", float(value), False, "roll-back")
 
     @classmethod
-    def parse(cls, text: str) -> ScoreLimit:
+    def parse(cls, text: str) -> Self:
         """Read a limit from the text that `str` gives; raises `ConfigError`."""
         match = LIMIT_PATTERN.fullmatch(text.strip())
         if match is None or not math.isfinite(float(match["value"])):

@@ -13,7 +13,6 @@ import torch
 
 from prunetune.config.recipe import EvaluateConfig, RunConfig
 from prunetune.config.score_limits import QUALITY, STAGE_SCORE, ScoreLimit
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError, LimitBroken
 from prunetune.evaluation.item_subset import stable_sample
@@ -24,7 +23,7 @@ from prunetune.evaluation.statistics import perplexity
 from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.runs.folder import TUNING_STAGE
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size

@@ -1,7 +1,5 @@
 """What a run needs before training: model and data opened, options decided, and what cannot work refused."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +9,6 @@ from typing import Any, Protocol
 import torch
 
 from prunetune.config.recipe import RunConfig
-from prunetune.cost.parameters import prunable_params
 from prunetune.cost.training_memory import (
     TrainingMemory,
     TrainingPhase,
@@ -25,7 +22,6 @@ from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.manifest import DataFacts
-from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     LoadedModel,
     load_meta_model,
@@ -34,11 +30,12 @@ from prunetune.model.loading import (
     pick_device,
     pick_dtype,
 )
+from prunetune.model.provenance import ModelIdentity
 from prunetune.pipeline.plan_constraints import apply_budgets, make_plan_constraints
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules, unprunable_params
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, prunable_params
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
@@ -155,7 +152,11 @@ def prepare(
     with redaction.errors():
         encoded = _encode_splits(splits, tokenizer, meta_model, config)
     if config.train.epochs:
-        steps = _steps_of_epochs(config, encoded)
+        # A row counts as often as its weight says, and texts take their share of a batch.
+        rows = math.fsum(example.weight for example in encoded["train"].examples)
+        rows_per_step = config.train.batch_size * (1 - config.data.distill_texts_share * ("texts" in encoded))
+        steps = max(1, math.ceil(round(config.train.epochs * rows / rows_per_step, 6)))
+        log.info("train: %g epochs of %g rows are %d steps", config.train.epochs, rows, steps)
         config, recipe = (
             replace(each, train=replace(each.train, epochs=0.0, steps=steps)) for each in (config, recipe)
         )
@@ -243,15 +244,6 @@ def _encode_splits(
                 f"{embedding_rows} rows; resize it (model.resize_token_embeddings(len(tokenizer))) and save both"
             )
     return encoded
-
-
-def _steps_of_epochs(config: RunConfig, encoded: Mapping[SplitName, EncodedExamples]) -> int:
-    """The steps of `train.epochs`: a row counts as often as its weight says, and texts take their share of a batch."""
-    rows = math.fsum(example.weight for example in encoded["train"].examples)
-    rows_per_step = config.train.batch_size * (1 - config.data.distill_texts_share * ("texts" in encoded))
-    steps = max(1, math.ceil(round(config.train.epochs * rows / rows_per_step, 6)))
-    log.info("train: %g epochs of %g rows are %d steps", config.train.epochs, rows, steps)
-    return steps
 
 
 def _raise_if_not_resumable(folder: RunFolder, splits: Splits, base: ModelIdentity | None) -> None:

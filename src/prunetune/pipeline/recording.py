@@ -1,7 +1,5 @@
 """What a run records: steps and scores to its folder, console and trackers; times, failures, report and history."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The dense and a pruned model are timed in turns in this process, so that what sl
 sizes are timed one pair after the other, which needs no more memory than tuning did.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import logging

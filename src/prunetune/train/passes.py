@@ -1,7 +1,5 @@
 """Forward and backward passes: padded anywhere, packed and recorded on a GPU, with the same losses and gradients."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.config.recipe import RunConfig
+from prunetune.data.batches import PackedBatch, group_for_packing, pack_examples
 from prunetune.data.encoding import Example
-from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
 from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
 from prunetune.model.compiled_kernels import use_compiled_kernels
 from prunetune.model.sequence_packing import supports_packing, use_packed_attention
@@ -21,10 +19,9 @@ from prunetune.pruning.masking import AdapterGating, masked
 from prunetune.pruning.units import Site
 from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
 from prunetune.train.cuda_graphs import CudaGraphRecorder
-from prunetune.train.forward import inputs_from_pack, micro_batch_inputs
+from prunetune.train.forward import Teacher, inputs_from_pack, micro_batch_inputs, split_by_teacher
 from prunetune.train.losses import TrainingLoss, mean_loss, summed_answer_loss
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
-from prunetune.train.teacher import Teacher, split_by_teacher
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from prunetune.errors import LimitBroken
 from prunetune.evaluation.statistics import perplexity
 from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
-from prunetune.search.decision import Decision
 from prunetune.search.searcher import Searcher
+from prunetune.search.select import Decision
 from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule

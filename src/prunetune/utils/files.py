@@ -1,7 +1,5 @@
 """Files and folders that are written whole or not at all, checks of disk and permissions, digests."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

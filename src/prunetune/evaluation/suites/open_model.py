@@ -20,7 +20,6 @@ from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.manifest import Manifest
-from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
     load_model_and_tokenizer,
@@ -29,6 +28,7 @@ from prunetune.model.loading import (
     pick_dtype,
     resolve_model_path,
 )
+from prunetune.model.provenance import ModelIdentity
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
