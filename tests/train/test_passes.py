@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import prunetune.train.passes as passes_module
 from prunetune.config.recipe import LoraSettings, RunConfig, from_mapping
 from prunetune.data import batches
 from prunetune.data.batches import group_for_packing, pack_examples, round_up_length
@@ -329,3 +330,20 @@ def test_short_stages_have_fewer_lengths_of_rows_and_the_same_losses() -> None:
         losses.append([passes.tune(examples()[:count], None)["loss"] for count in range(1, 6)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(set(lengths[:5])) > len(set(lengths[5:])) == 1
+
+
+def test_rows_of_a_large_model_are_hardly_padded_with_a_teacher_on_half_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes_module, "LARGE_MODEL_PARAMS", 1)
+    model = tiny("llama").requires_grad_(False)
+    sites = find_sites(model)
+    add_adapters(model, sites, LoraSettings(rank=4), seed=0)
+    teacher = Teacher(tiny("llama", seed=1), is_tuned=False, share=0.5)
+    passes, rows = PackedPasses(model, sites, 0, config_of(), teacher), []
+    passes.recorder.run = lambda key, function, inputs: (rows.append(inputs), function(inputs))  # type: ignore
+    passes.use_sites(sites, 5)
+    passes.tune(examples(), None)
+    assert len(rows) == 2
+    for input_ids, *_ in rows:
+        assert input_ids.shape[1] - int((input_ids != 0).sum()) < 16

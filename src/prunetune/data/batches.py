@@ -209,7 +209,9 @@ class PackedBatch:
         return replace(self, **dict(zip(TENSOR_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 
 
-def pack_examples(examples: Sequence[Example], pad_id: int, *, max_sequences: int, step_factor: int = 1) -> PackedBatch:
+def pack_examples(
+    examples: Sequence[Example], pad_id: int, *, max_sequences: int, step_factor: float = 1
+) -> PackedBatch:
     """All examples, `max_sequences` at most, in one row of a multiple of `step_factor` times TOKEN_STEP tokens."""
     lengths = [len(example.token_ids) for example in examples]
     bounds = [0, *accumulate(lengths)]
@@ -221,7 +223,7 @@ def pack_examples(examples: Sequence[Example], pad_id: int, *, max_sequences: in
     labelled = torch.cat([torch.arange(0), *spans])
     # By NumPy several times as fast as from a list, while a GPU waits.
     ids = torch.from_numpy(np.fromiter(chain.from_iterable(example.token_ids for example in examples), np.int64))
-    row_length = round_up_length(len(ids), step_factor * TOKEN_STEP)
+    row_length = round_up_length(len(ids), int(step_factor * TOKEN_STEP))
     padding = row_length - len(ids)
     label_padding = round_up_length(max(1, len(labelled)), LABEL_STEP) - len(labelled)
     max_seq_len = LONGEST_STEP
