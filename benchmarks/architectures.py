@@ -29,10 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from prunetune import cut, find_sites, masked
 from prunetune.errors import PrunetuneError
-from prunetune.export.checkpoint import write_checkpoint
-from prunetune.export.layout_check import check_layout
-from prunetune.export.stock_config import kv_groups_validator
+from prunetune.export.checkpoint import kv_groups_validator, write_checkpoint
 from prunetune.model.loading import load_meta_model
+from prunetune.pipeline.plan_constraints import check_layout
 from prunetune.pruning.families import FAMILIES
 from prunetune.pruning.sites import unprunable_kinds
 from prunetune.pruning.tiny_models import tiny_config, tiny_model

@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM
 from prunetune.config.recipe import LoraSettings, from_mapping
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_indices
-from prunetune.search.decision import Decision
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import select
+from prunetune.search.select import Decision, select
 from prunetune.train.adapters import add_adapters, cut_tensors, trainable_parameters
 
 

@@ -35,7 +35,7 @@ from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import summarise_bench
 from prunetune.bench.runner_protocol import ModelFacts
-from prunetune.export.stock_config import kv_groups_validator
+from prunetune.export.checkpoint import kv_groups_validator
 from prunetune.model.loading import pick_device
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut

@@ -1,10 +1,11 @@
-"""A run's report in headless Chromium: no console message, no request, no script, nothing wider than the page (bar D5).
+"""Pages in headless Chromium: no console message, request or script, and nothing cut off or too small (bars D5, Q6).
 
-    python benchmarks/report_screens.py runs/demo --out screens
+    python benchmarks/report_screens.py runs/demo --page cmp/comparison.html --page check.html --out screens
 
 Needs Chromium (Debian: `apt-get install chromium`), no driver: it is spoken to over a pipe, by its DevTools protocol.
-Each of 1280 and 390 px, light and dark, leaves a PNG. The same is done with a copy of the run in which answers, ids,
-tasks, data and the command are HTML and script; on that page, nothing of it may have become an element or have run.
+Each of 1280 and 390 px, light and dark, leaves a PNG, and print a PNG and a PDF. The same is done with a copy of the
+run in which answers, ids, tasks, data and the command are HTML and script; on that page, nothing of it may have become
+an element or have run. `--results` appends a row for bar Q6.
 """
 
 from __future__ import annotations
@@ -21,14 +22,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunetune.report import write_report
+from rows import give
 
-WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
+from prunetune.report import write_report
+from prunetune.utils.environment import installed_commit
+
+PRINT = (718, "print")  # A4 at 96 dots an inch, less the margins of a printer
+SCREENS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")] + [PRINT]
+SMALLEST_TEXT = 11  # px, of figures
 ATTACK = "</pre></div><script>window.stolen=1</script><img src=http://127.0.0.1:9/x onerror=window.stolen=1>\"'&"
 PROBE = """JSON.stringify({
   wide: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
   stolen: typeof window.stolen, title: document.title,
   foreign: document.querySelectorAll('script, img, iframe, object, embed, link, form').length,
+  cut: [...document.querySelectorAll('main *')].filter(box => {
+    const css = getComputedStyle(box), is_print = matchMedia('print').matches;
+    const scrolls = ['auto', 'scroll'].includes(css.overflowX) && !is_print, is_drawn = !box.closest('svg');
+    return !scrolls && is_drawn && css.display != 'inline' && box.clientWidth && box.scrollWidth > box.clientWidth + 1;
+  }).map(box => `${box.tagName} ${box.className} ${box.scrollWidth} in ${box.clientWidth}`).slice(0, 5),
+  text: Math.min(99, ...[...document.querySelectorAll('figure svg text')].map(text => {
+    const svg = text.ownerSVGElement;
+    return parseFloat(getComputedStyle(text).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  })),
   landmarks: ['header', 'nav', 'main', 'footer'].every(name => document.querySelector(name)),
 })"""
 
@@ -101,8 +116,9 @@ def look(chromium: Browser, page: Path, width: int, scheme: str, picture: Path) 
         chromium.ask(f"{domain}.enable", session)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     chromium.ask("Emulation.setDeviceMetricsOverride", session, **size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    chromium.ask("Emulation.setEmulatedMedia", session, features=features)
+    is_print = scheme == "print"
+    features = [{"name": "prefers-color-scheme", "value": "dark" if is_print else scheme}]  # paper is white
+    chromium.ask("Emulation.setEmulatedMedia", session, features=features, media="print" if is_print else "")
     chromium.events.clear()
     chromium.ask("Page.navigate", session, url=page.absolute().as_uri())
     chromium.wait_for("Page.loadEventFired")
@@ -111,6 +127,9 @@ def look(chromium: Browser, page: Path, width: int, scheme: str, picture: Path) 
         "x": 0, "y": 0, "width": width, "height": min(found["height"], 16000), "scale": 1,
     })  # fmt: skip
     picture.write_bytes(base64.b64decode(shot["data"]))
+    if is_print:
+        printed = chromium.ask("Page.printToPDF", session, paperWidth=8.27, paperHeight=11.69)  # A4, in inches
+        picture.with_suffix(".pdf").write_bytes(base64.b64decode(printed["data"]))
     chromium.ask("Target.closeTarget", targetId=target)
     return found | {"console": said(chromium.events), "requests": asked(chromium.events, page)}
 
@@ -154,6 +173,8 @@ def faults(name: str, width: int, page: Path, found: dict[str, Any]) -> list[str
     """What is wrong with a page, in words."""
     wrong = [f"console: {line}" for line in found["console"]] + [f"request: {url}" for url in found["requests"]]
     wrong += [f"wider than the screen: {found['wide']} px"] if found["wide"] > width else []
+    wrong += [f"cut off: {box}" for box in found["cut"]]
+    wrong += [f"text of a figure at {found['text']:.1f} px"] if found["text"] < SMALLEST_TEXT - 0.05 else []
     wrong += ["a script ran"] if found["stolen"] != "undefined" else []
     wrong += [f"{found['foreign']} foreign elements"] if found["foreign"] else []
     wrong += [] if found["landmarks"] else ["a landmark is missing"]
@@ -164,23 +185,33 @@ def faults(name: str, width: int, page: Path, found: dict[str, Any]) -> list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--page", type=Path, action="append", default=[], help="another page, such as of a comparison")
     parser.add_argument("--out", type=Path, default=Path("screens"))
+    parser.add_argument("--results", type=Path, help="append a row to this file")
     parser.add_argument("--chromium", default="chromium")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, browser(options.chromium) as chromium:
         version = chromium.ask("Browser.getVersion")["product"]
-        for name, folder in (("report", options.run), ("hostile", hostile(options.run, Path(scratch)))):
-            page = write_report(folder)
-            for width in WIDTHS:
-                for scheme in SCHEMES:
-                    picture = options.out / f"{name}-{width}-{scheme}.png"
-                    found = look(chromium, page, width, scheme, picture)
-                    wrong += faults(f"{name} {scheme}", width, page, found)
-                    print(json.dumps({"page": name, "width": width, "scheme": scheme, "png": str(picture), **found}))
+        pages = {"report": options.run / "report.html", "hostile": hostile(options.run, Path(scratch)) / "report.html"}
+        for page in pages.values():
+            write_report(page.parent)
+        pages |= {f"{page.parent.name}-{page.stem}": page for page in options.page}
+        for name, page in pages.items():
+            for width, scheme in SCREENS:
+                picture = options.out / f"{name}-{width}-{scheme}.png"
+                found = look(chromium, page, width, scheme, picture)
+                wrong += faults(f"{name} {scheme}", width, page, found)
+                print(json.dumps({"page": name, "width": width, "scheme": scheme, "png": str(picture), **found}))
             print(f"{name}: {page.stat().st_size:,} bytes")
     print(f"{version}: {len(wrong)} faults")
+    if options.results:
+        case = f"faults of {len(pages)} pages ({', '.join(pages)}) at 390 and 1280 px, light and dark, and in print: "
+        case += "console, requests, cut off, text of figures below 11 px"
+        row = {"bar": "Q6", "case": case, "value": len(wrong), "target": 0, "met": not wrong, "unit": "faults"}
+        how = {"device": version, "command": "python benchmarks/report_screens.py", "commit": installed_commit()[:7]}
+        give({**row, **how, "final": True}, options.results)
     raise SystemExit("\n".join(wrong) if wrong else 0)
 
 

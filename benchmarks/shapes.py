@@ -17,13 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prunetune.config.recipe import RunConfig, load_recipe
-from prunetune.data.batches import BatchStream, unlabelled_examples
+from prunetune.data.batches import BatchStream, PackedBatch, group_for_packing, pack_examples, unlabelled_examples
 from prunetune.data.encoding import Example
-from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
 from prunetune.pipeline.prepare import RunContext, prepare
 from prunetune.train.schedule import build_schedule
 from prunetune.utils.console import make_console
-from prunetune.utils.seeds import derive_seed
+from prunetune.utils.determinism import derive_seed
 
 
 def main() -> None:

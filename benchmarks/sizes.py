@@ -90,14 +90,12 @@ def make(recipe: Path, out: Path, keep: str, flags: Sequence[str], lender: Path 
 
 
 def lend(lender: RunFolder, folder: RunFolder) -> None:
-    """The dense tuned model and the dense models' scores and speed, as far as they are there."""
+    """The dense tuned model and the dense models' scores, as far as they are there."""
     if lender.dense_tuned_checkpoints.is_dir():
         shutil.copytree(lender.dense_tuned_checkpoints, folder.dense_tuned_checkpoints)
     for name in ("dense", "tuned"):
         if lender.evaluation_file(name).exists():
             shutil.copyfile(lender.evaluation_file(name), folder.evaluation_file(name))
-    speed = lender.read_manifest().speed.to_dict()
-    folder.update_manifest(speed={name: found for name, found in speed.items() if name == "dense"})
 
 
 def small(out: Path) -> Path:

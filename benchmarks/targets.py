@@ -30,15 +30,14 @@ from prunetune.cost.deployment import DTYPE_BYTES, max_cost
 from prunetune.cost.latency_table import TRACKS, LatencyTable, LayerTiming, representative_layers
 from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.errors import PlanError
-from prunetune.export.stock_config import kv_groups_validator
+from prunetune.export.checkpoint import kv_groups_validator
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
-from prunetune.search.feasibility import with_limits
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints, default_align
-from prunetune.search.select import min_feasible_keep, min_widths, select
+from prunetune.search.select import min_feasible_keep, min_widths, select, with_limits
 from prunetune.utils.environment import installed_commit
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -2,7 +2,7 @@
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
         [--runs trainer dense progressive taught] [--whole 700] [--teacher-share 0] [--compile on|off|auto]
-        [--repeats 1] [--device cuda]
+        [--repeats 1] [--profile 0] [--device cuda]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
@@ -10,7 +10,8 @@ loop on the same adapters of the same model; `progressive`: cuts in the first fi
 `taught`: the same with the untuned model as teacher. Runs take turns. Prints JSON: time and tokens a second of the
 steps after the first fifth (in which passes are recorded and compiled), seconds of the whole, peak memory, losses, use
 of the device's arithmetic (MFU), ratios to `trainer`, and the seconds of a run of `--whole` steps: what each cut takes
-beyond a step (scores, recording anew) counts as often as measured, steps as often as that run has them.
+beyond a step (scores, recording anew) counts as often as measured, steps as often as that run has them. Give it 60
+steps or more: with fewer, most steps before the last cut have one. `--profile 8` lists the kernels of the last 8 steps.
 """
 
 from __future__ import annotations
@@ -30,17 +31,16 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.pipeline.prepare import resolve_auto
-from prunetune.pruning.units import dense_plan
+from prunetune.pruning.units import dense_plan, prunable_params
 from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.forward import base_teacher
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import build_schedule, one_cut_schedule
-from prunetune.train.teacher import base_teacher
 from prunetune.utils.environment import device_name, peak_memory_mb
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
@@ -50,8 +50,11 @@ RANK, RATE = 32, 5e-4
 class Clock:
     """Hears of steps; keeps when they ended, and their losses."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, profiled_from: int = -1) -> None:
         self.device = device
+        self.profiled_from = profiled_from  # the step after which kernels are recorded; -1: never
+        kernels = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+        self.profiler = torch.profiler.profile(activities=[kernels])
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.phases: list[str] = []
@@ -66,6 +69,15 @@ class Clock:
         self.ends.append(self._now())
         self.losses.append(record["loss"])
         self.phases.append(record.get("phase", "tune"))
+        if len(self.ends) == self.profiled_from:
+            self.profiler.start()
+
+    def kernels(self) -> str:
+        """The kernels since `profiled_from` that took most time, as a table."""
+        self.profiler.stop()
+        return self.profiler.key_averages().table(
+            sort_by=f"{self.device.type}_time_total", row_limit=25, max_name_column_width=70
+        )
 
     def validation(self, record: dict[str, Any]) -> None:
         pass
@@ -146,7 +158,7 @@ def trainer(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype)
         lr_scheduler_type="constant", bf16=dtype == torch.bfloat16, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, dataloader_pin_memory=False, use_cpu=device.type == "cpu",
     )  # fmt: skip
-    clock = Clock(device)
+    clock = clock_of(asked, device)
     rows = Rows(stream_of(asked, model.config.vocab_size), asked.steps)
     InOrder(tuned, arguments, train_dataset=rows, data_collator=side_by_side, callbacks=[Hears(clock)]).train()
     return clock
@@ -160,7 +172,7 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
     config, dense = resolve_auto(config_of(asked, kind), sites), kind == "dense"
     teacher = base_teacher(model, config.distill) if kind == "taught" else None
-    stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
+    stream, clock = stream_of(asked, model.config.vocab_size), clock_of(asked, device)
     tune_and_prune(TrainingJob(
         model=model, sites=sites, constraints=PlanConstraints("per-layer", default_align(sites)),
         train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0,
@@ -170,6 +182,10 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
         given_plan=dense_plan(sites) if dense else None,
     ))  # fmt: skip
     return clock
+
+
+def clock_of(asked: argparse.Namespace, device: torch.device) -> Clock:
+    return Clock(device, asked.steps - asked.profile if asked.profile else -1)
 
 
 def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
@@ -212,6 +228,8 @@ def measured(
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             clock = RUNS[name](asked, device, dtype)
+            if asked.profile:
+                print(clock.kernels(), flush=True)
             yield name, clock.told(asked.batch * asked.sequence, asked.whole)
             del clock
 
@@ -230,6 +248,7 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--profile", type=int, default=0, help="steps at the end whose kernels are listed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
     device = torch.device(asked.device)

@@ -30,9 +30,9 @@ from prunetune.pruning.units import kept_params
 from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train import loop
 from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.forward import base_teacher
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
-from prunetune.train.teacher import base_teacher
 from prunetune.train.weight_trainer import WeightTrainer
 from prunetune.utils.environment import device_name, peak_memory_mb
 

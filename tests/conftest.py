@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 # Code that tests generate is imported from here, not from the user's cache. Set before transformers is imported.
 MODULES = tempfile.TemporaryDirectory(prefix="prunetune-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name
+os.environ["PRUNETUNE_CACHE"] = os.path.join(MODULES.name, "prunetune-cache")  # answers and scores of suites
 
 
 def pytest_unconfigure() -> None:

@@ -23,9 +23,9 @@ import yaml
 
 from prunetune import cut, masked
 from prunetune.train.cuda_graphs import STREAMS_IN_USE, CudaGraphRecorder, own_stream
+from prunetune.train.forward import Teacher
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.teacher import Teacher
 from support.evaluation import write_model_and_rows
 from support.loop import config_of, job_of, losses
 from support.models import FAMILIES, random_plan, relative, tiny, tokens

@@ -18,7 +18,7 @@ from prunetune.manifest import (
     LimitFacts,
     LimitsFacts,
     Manifest,
-    SpeedFacts,
+    SpeedupFacts,
 )
 from prunetune.report import write_report
 from prunetune.runs.folder import RunFolder
@@ -96,7 +96,7 @@ def test_empty_section_is_false_and_has_every_field() -> None:
     assert empty.to_dict() == {}
     assert not empty.gain
     assert not empty.size
-    assert (empty.model.bytes, empty.speed.dense.spread("decode"), empty.limits.limits) == (None, None, ())
+    assert (empty.model.bytes, empty.gain.smaller, empty.limits.limits) == (None, None, ())
     assert GainFacts.from_dict({"smaller": 0.1})
     assert {item.name for item in fields(DataFacts)} == {"source", "hashes", "counts", "too_long", "dropped"}
 
@@ -111,7 +111,7 @@ def test_nan_is_kept_for_scores_alone() -> None:
     limit = LimitFacts.from_dict(json.loads('{"found": NaN, "limit": Infinity}'))
     assert str(limit.measured) == "nan"
     assert limit.limit is None
-    assert SpeedFacts.from_dict({"decode_spread": 10**400, "prefill_spread": True}).spread("decode") is None
+    assert SpeedupFacts.from_dict({"median": 10**400, "min": True}).median is None
 
 
 def test_update_manifest_refuses_an_unknown_field(tmp_path: Path) -> None:

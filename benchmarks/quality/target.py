@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rows import give
 
-from prunetune.evaluation.kept_quality import kept_quality
 from prunetune.evaluation.results import Evaluation
+from prunetune.pipeline.monitor import kept_quality
 
 CHILD = """
 import sys

@@ -49,20 +49,22 @@ from rows import give  # noqa: E402
 MODULES = {
     "cost/budget_limits": ["cost/test_budget_limits", "search/test_feasibility"],
     "cost/latency_table": ["cost/test_latency_table", "bench/latency/test_measure", "search/test_feasibility"],
-    "cost/parameters": ["cost/test_parameters", "search/test_searcher", "search/test_feasibility"],
     "data/splits": ["data/test_splits"],
     "evaluation/likelihood": ["evaluation/test_likelihood"],
     "evaluation/paired": ["evaluation/test_paired"],
     "evaluation/suites/check": ["evaluation/suites/test_check"],
-    "export/checkpoint": ["export/test_checkpoint"],
+    "export/checkpoint": ["export/test_checkpoint", "export/test_stock_config"],
     "export/selfcheck": ["export/test_selfcheck", "export/test_checkpoint"],
-    "export/stock_config": ["export/test_stock_config", "export/test_checkpoint"],
     "pipeline/finish": ["pipeline/test_finish", "pipeline/test_stages"],
     "pipeline/monitor": ["pipeline/test_monitor", "pipeline/test_limits"],
     "pipeline/requirements": ["pipeline/test_requirements"],
-    "search/decision": ["search/test_searcher"],
     "search/searcher": ["search/test_searcher", "search/test_feasibility"],
-    "search/select": ["search/test_select", "search/test_feasibility", "search/test_nested_sites"],
+    "search/select": [
+        "search/test_select",
+        "search/test_searcher",
+        "search/test_feasibility",
+        "search/test_nested_sites",
+    ],
     "train/schedule": ["train/test_schedule", "train/test_quality", "train/test_multi_size"],
 }
 
@@ -215,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.05, help="share of all mutants that are drawn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--modules", nargs="+", default=list(MODULES), help="such as cost/parameters")
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), help="such as search/select")
     parser.add_argument("--minutes", type=float, default=30, help="no mutant is begun after so many")
     parser.add_argument("--found", type=Path, required=True, help="file of outcomes, one a line")
     parser.add_argument("--out", type=Path, help="file for the row; printed if left out")

@@ -5,8 +5,6 @@ uses the classes of this package for such a folder and never runs those of the f
 through the entry point `vllm.general_plugins`.
 """
 
-from __future__ import annotations
-
 import sys
 
 from prunetune.model.per_layer_classes import register_family

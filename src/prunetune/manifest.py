@@ -110,16 +110,6 @@ def _to_json(value: Any) -> Any:
     return [_to_json(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
-def _read_command(value: Any) -> str | None:
-    """One line, as it could be typed; some manifests list its words."""
-    return shlex.join(map(str, value)) if isinstance(value, list) else _read(str | None, value)
-
-
-def _read_measured(value: Any) -> float | None:
-    """A number, finite or not: errors quote a score that is not finite."""
-    return value if isinstance(value, float) else finite_number(value)
-
-
 # -- what went in ------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +234,10 @@ class LimitFacts(ManifestPart):
 
     condition: str = json_key("gate")
     limit: float | None
-    measured: float | None = json_key("found", read=_read_measured)
+    # Finite or not: errors quote a score that is not finite.
+    measured: float | None = json_key(
+        "found", read=lambda value: value if isinstance(value, float) else finite_number(value)
+    )
     is_met: bool = json_key("held")
     figure: str | None = None  # of a speed-up: the speed that counts
     explanation: str | None = json_key("says", default=None)  # why it was missed
@@ -311,38 +304,17 @@ class LearningRateFacts(ManifestPart):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedFacts(ManifestPart):
-    """Tokens a second of one model, measured alone: median of several runs; spread: (max - min) / median."""
-
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
-    prefill_spread: float | None
-    decode_spread: float | None
-
-    def tokens_per_s(self, kind: str) -> float | None:
-        """Of "prefill" or "decode"."""
-        return {"prefill": self.prefill_tokens_per_s, "decode": self.decode_tokens_per_s}.get(kind)
-
-    def spread(self, kind: str) -> float | None:
-        """Of "prefill" or "decode"."""
-        return {"prefill": self.prefill_spread, "decode": self.decode_spread}.get(kind)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpeeds(ManifestPart):
-    """The speed of both models."""
-
-    dense: SpeedFacts
-    pruned: SpeedFacts
-
-
-@dataclass(frozen=True, kw_only=True)
 class SpeedupFacts(ManifestPart):
     """Pruned over dense speed, measured in turns, run by run."""
 
     median: float | None
     min: float | None
     max: float | None
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether all rounds agree on which model is faster, as far as their range is known."""
+        return self.min is None or self.max is None or not self.min <= 1 <= self.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,8 +344,15 @@ class GainFacts(ManifestPart):
 class Manifest(ManifestPart):
     """All that is known of a run so far, in the order in which a run learns it."""
 
+    status: str | None  # "running", and how the run ended: see `runs.history`
+    started: str | None  # ISO 8601, UTC
+    ended: str | None  # "" while it works
+    host: str | None  # the computer that worked last
     begun_in: str | None  # the working folder of the run's command, seen from the run folder: paths start there
-    command: str | None = json_key("command", read=_read_command)
+    command: str | None = json_key(
+        "command",  # as it could be typed; some manifests list its words
+        read=lambda value: shlex.join(map(str, value)) if isinstance(value, list) else _read(str | None, value),
+    )
     commit: str | None  # this and the next three: of the process that wrote last
     versions: Mapping[str, str]
     device: str | None
@@ -393,7 +372,6 @@ class Manifest(ManifestPart):
     quantised: QuantisedFacts
     pruned: PrunedModelFacts
     selfcheck: SelfCheckFacts
-    speed: ModelSpeeds
     budgets: tuple[BudgetFacts, ...]
     peak_memory_mb: float | None
     gain: GainFacts

@@ -1,13 +1,11 @@
 """A plan: the units that a pruned model keeps. It is all that a decision passes on to the cut."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import lt
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from prunetune.errors import PlanError
 from prunetune.utils.untrusted import parse_json, read_text, short_repr, shorten
@@ -43,7 +41,7 @@ class Plan:
         return json.dumps({"format": FORMAT, "sites": sites}) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str) -> Self:
         """Read a plan that `to_json` wrote; raises `PlanError` on anything else."""
         try:
             data: Any = parse_json(text)
@@ -58,7 +56,7 @@ class Plan:
             raise PlanError(f"not a plan: {shorten(repr(broken))}; expected the text of a plan.json") from broken
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path) -> Self:
         """Read a `plan.json`; raises `PlanError` where it is not a plan."""
         try:
             return cls.from_json(read_text(path))

@@ -13,10 +13,9 @@ from prunetune.baselines import BASELINES, Baseline, Calibration, baseline
 from prunetune.compare.charts import method_styles
 from prunetune.compare.methods import resolve_methods
 from prunetune.config.recipe import from_mapping
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ConfigError
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from support.models import tiny

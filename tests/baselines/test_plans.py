@@ -11,13 +11,12 @@ from torch import Tensor
 
 from prunetune.baselines import BASELINES, Calibration, plans
 from prunetune.config.recipe import from_mapping
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.search.plan_rules import PlanConstraints
 from support.models import tiny, tokens
 

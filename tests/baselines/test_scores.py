@@ -15,16 +15,15 @@ from prunetune import Plan, find_sites
 from prunetune.baselines import BASELINES, Calibration, bias_compensation, plans
 from prunetune.config.recipe import from_mapping
 from prunetune.cost.budget_limits import BudgetLimits
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
 from prunetune.errors import ConfigError
 from prunetune.pruning.cut import RemovedAttention, add_biases, cut, cut_linears
 from prunetune.pruning.masking import gates_from_plan, masked
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.search.plan_rules import PlanConstraints
+from prunetune.train.forward import Teacher
 from prunetune.train.passes import build_passes
-from prunetune.train.teacher import Teacher
 from support.models import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 
 LENGTHS = (9, 6, 7)

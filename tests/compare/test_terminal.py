@@ -90,7 +90,7 @@ def test_each_runtime_has_a_chart_of_quality_over_latency_and_untimed_rows_a_not
         "Mean NLL by time a token in transformers",
         "Mean NLL by time a token in llama.cpp",
     ]
-    assert charts[2].caption.startswith("Measured in turns in llama.cpp (xllamacpp 2026.10) on 16 CPU threads.")
+    assert charts[2].note.startswith("Measured in turns in llama.cpp (xllamacpp 2026.10) on 16 CPU threads.")
     table = render_markdown(comparison)
     assert "| weights MB | ms a token | ms to the first | memory MB | timed in |" in table
     assert "Not timed:\n\n- rival-SmolLM2-135M-Instruct+q4_k_m: llama.cpp has no place for it" in table

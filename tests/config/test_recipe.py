@@ -51,6 +51,7 @@ def value_at(values: Any, path: str) -> Any:
 OWN_WORDS: dict[str, Any] = {
     "limits": ["valid.nll <= 2 -> stop", "valid.accuracy >= 0.9x -> roll-back"],
     "report_to": ["wandb", "mlflow"],
+    "budget.quality_limits": ["triage.accuracy=0.6", "nll=1.3"],
     "budget.flops": "60%",
     "budget.vocab": "auto",
     "budget.memory": "1.5GB",
@@ -207,7 +208,7 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", OPTIONS)
-@pytest.mark.parametrize("value", [{"a": 1}, None, [None]], ids=["mapping", "nothing", "nothings"])
+@pytest.mark.parametrize("value", [{"a": [1]}, None, [None]], ids=["mapping", "nothing", "nothings"])
 def test_value_of_a_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))

@@ -17,8 +17,8 @@ from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters
+from prunetune.train.forward import Teacher
 from prunetune.train.passes import PaddedPasses
-from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, build_model, config_of, skip_without_bitsandbytes, tiny
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "training_flops.py"

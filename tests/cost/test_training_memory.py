@@ -16,10 +16,10 @@ from prunetune.data.encoding import Example
 from prunetune.pipeline.prepare import estimate_peak_memory, log_memory_estimate
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
-from prunetune.search.decision_generator import DecisionGenerator
+from prunetune.search.searcher import DecisionGenerator
 from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.train.forward import Teacher
 from prunetune.train.passes import PaddedPasses
-from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, LiveMemoryCounter, build_model, config_of, skip_without_bitsandbytes
 from support.models import tiny
 

@@ -10,8 +10,8 @@ import torch
 from prunetune.config.recipe import DataConfig, EvaluateConfig
 from prunetune.data.encoding import encode
 from prunetune.data.records import Record, record_from_row
-from prunetune.evaluation import evaluate
 from prunetune.evaluation.generation import generate, stop_token_ids
+from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from support.data import subwords

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.kept_quality import kept_quality
+from prunetune.evaluation.kept_quality import absolute_quality, kept_quality
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.evaluation.statistics import aggregate_items
 
@@ -49,3 +49,13 @@ def test_valid_without_an_answer_is_refused() -> None:
     texts = evaluation(TaskResult("texts", {"perplexity": Score(9.0, 1.0, 2)}, ()))
     with pytest.raises(ConfigError, match="it has no row with an answer"):
         kept_quality(texts, texts)
+
+
+def test_absolute_scores_have_the_benefit_of_one_standard_error() -> None:
+    both = evaluation(task("a", accuracy=[1.0, 0.0, 1.0, 0.0], nll=[1.0, 1.0, 1.0, 1.0]), task("b", nll=[1.0, 3.0]))
+    error = 0.5 / 3**0.5  # of four halves
+    assert absolute_quality(both, ["accuracy", "a.accuracy", "a.nll", "b.nll", "nll"]) == pytest.approx(
+        {"accuracy": 0.5 + error, "a.accuracy": 0.5 + error, "a.nll": 1.0, "b.nll": 1.0, "nll": 1.5 - 0.5}
+    )
+    with pytest.raises(ConfigError, match=r"budget\.quality_limits: b\.accuracy is limited, and valid scores accuracy"):
+        absolute_quality(both, ["b.accuracy"])

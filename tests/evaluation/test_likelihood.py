@@ -11,8 +11,8 @@ import torch
 
 from prunetune.data.encoding import Example
 from prunetune.evaluation import likelihood
-from prunetune.evaluation.batching import batch_by_length
 from prunetune.evaluation.likelihood import TokenizedQuestion, answer_nll, build_branches, choice_loglikelihoods
+from prunetune.evaluation.scoring_mode import batch_by_length
 from prunetune.plan import Plan
 from prunetune.pruning.cut import RemovedAttention, cut
 from prunetune.pruning.masking import masked

@@ -11,18 +11,17 @@ from dataclasses import replace
 import pytest
 
 from prunetune.errors import DataError
-from prunetune.evaluation import (
+from prunetune.evaluation.results import (
+    MAX_PROMPT_CHARS,
     Evaluation,
     Item,
     Score,
     TaskResult,
     headline_metric,
     higher_is_better,
-    paired_difference,
     recovery,
 )
-from prunetune.evaluation.results import MAX_PROMPT_CHARS
-from prunetune.evaluation.statistics import aggregate_items, mean_score
+from prunetune.evaluation.statistics import aggregate_items, mean_score, paired_difference
 
 
 def item(name: str, expected: str = "a", got: str = "a", **scores: float) -> Item:

@@ -13,9 +13,10 @@ import torch
 from prunetune.config.recipe import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
-from prunetune.evaluation import Evaluation, evaluate
 from prunetune.evaluation.generation import generate
 from prunetune.evaluation.item_subset import make_ids_unique, stable_sample
+from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from prunetune.evaluation.suites.run import argmax_unless_nan

@@ -13,12 +13,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, SelfCheckFailed
-from prunetune.export import stock_config
-from prunetune.export.checkpoint import add_old_rope_keys, uniform_config_from_plan, write_checkpoint
+from prunetune.export import checkpoint
+from prunetune.export.checkpoint import (
+    add_old_rope_keys,
+    kv_groups_validator,
+    mlp_width_option,
+    uniform_config_from_plan,
+    write_checkpoint,
+)
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
-from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
-from prunetune.model.history import PruningRun, read_history
 from prunetune.model.loading import load_model_and_tokenizer
+from prunetune.model.provenance import PruningRun, read_history
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from support.data import subwords
@@ -103,7 +108,7 @@ def test_uniform_plan_of_query_heads_has_their_number_in_each_group() -> None:
 def test_kv_groups_validator_builds_one_model_for_each_new_width(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     monkeypatch.setattr(
-        stock_config, "build_meta_model", lambda config: built.append(config.num_key_value_heads) or tiny("qwen3")
+        checkpoint, "build_meta_model", lambda config: built.append(config.num_key_value_heads) or tiny("qwen3")
     )
     is_valid = kv_groups_validator(tiny("qwen3", groups=4).config)
     assert not built

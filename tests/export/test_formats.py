@@ -100,7 +100,12 @@ def test_export_overwrites_nothing_and_removes_what_fails_its_check(
     (tmp_path / "deep").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         export_run(run, "uniform", out=tmp_path / "deep")
-    monkeypatch.setattr(convert, "_cast", lambda tensor, dtype: (tensor * 1.5).to(dtype))
+    save = convert.save_file
+    monkeypatch.setattr(
+        convert,
+        "save_file",
+        lambda tensors, *rest: save({name: 1.5 * tensor for name, tensor in tensors.items()}, *rest),
+    )
     with pytest.raises(SelfCheckFailed, match="differs"):
         export_run(run, "uniform", out=tmp_path / "there")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run"]

@@ -15,9 +15,9 @@ from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
 from prunetune.export.model_card import Provenance, ScoreRow, format_export_card, format_model_card
 from prunetune.manifest import Manifest
-from prunetune.model import license
-from prunetune.model.license import LicenseInfo, read_license
-from prunetune.pipeline.card_facts import card_scores, render_card, rewrite_card
+from prunetune.model import provenance
+from prunetune.model.provenance import LicenseInfo, read_license
+from prunetune.pipeline.finish import card_scores, render_card, rewrite_card
 from prunetune.pruning.sites import find_sites
 from prunetune.runs.folder import RunFolder
 from support.models import random_plan, tiny
@@ -187,7 +187,7 @@ def test_read_license_of_unreadable_base_is_empty(tmp_path: Path, monkeypatch: p
     def missing() -> Path:
         raise MissingPackage("not there")
 
-    monkeypatch.setattr(license, "demo_file", missing)
+    monkeypatch.setattr(provenance, "demo_file", missing)
     (tmp_path / "torn.gguf").write_bytes(b"GGUF")
     for name in ("demo", str(tmp_path / "torn.gguf"), str(tmp_path / "none"), "owner/never-fetched", "not a name !"):
         assert read_license(name) == LicenseInfo()

@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 
 from prunetune.errors import ModelError
-from prunetune.export.checkpoint import uniform_config_from_plan
-from prunetune.export.stock_config import explain_family_change, kv_groups_validator, mlp_width_option, shrink_config
+from prunetune.export.checkpoint import (
+    explain_family_change,
+    kv_groups_validator,
+    mlp_width_option,
+    shrink_config,
+    uniform_config_from_plan,
+)
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
 from support.models import tiny, tiny_config

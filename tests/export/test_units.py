@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError
-from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.checkpoint import kv_groups_validator, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
-from prunetune.export.stock_config import kv_groups_validator
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from support.data import subwords

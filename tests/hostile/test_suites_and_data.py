@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,11 +15,14 @@ import pytest
 from prunetune.compare.methods import read_variants
 from prunetune.config.recipe import RunConfig, load_recipe
 from prunetune.cost.latency_table import LatencyTable
+from prunetune.data.records import Record
 from prunetune.errors import ModelError
 from prunetune.evaluation.suites import evaluate_suite, load_suite
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend
 from prunetune.evaluation.suites.open_model import open_backend
 from prunetune.evaluation.suites.options import EvalOptions
+from prunetune.evaluation.suites.protocol import GenerationSettings
+from prunetune.evaluation.suites.score_history import history_file, read_scores
 from prunetune.runs.history import list_runs
 from support.data import write_lines
 from support.hostile import Artefacts, Place, check_runs_nothing, load
@@ -197,23 +199,32 @@ def data_set_with_a_script(place: Place) -> None:
 
 @artefact
 def answers_that_are_pickles(place: Place) -> None:
-    store = AnswerStore(place.folder / "answers.sqlite")
-    store.put("files", [("a", "b")])
-    with closing(sqlite3.connect(store.path)) as base, base:
-        base.execute("CREATE TRIGGER t AFTER INSERT ON answers BEGIN SELECT load_extension('evil'); END")
-        base.execute("CREATE TRIGGER f AFTER INSERT ON files BEGIN SELECT writefile('marker', 'x'); END")
-        base.execute("CREATE VIEW v AS SELECT 1")
-    CachedBackend(ScriptedBackend(), store).store.put("answers", [("k", "1")])
-    store.get("answers", ["k"])
+    store, backend = AnswerStore(place.folder / "answers"), ScriptedBackend()
+    store.folder.mkdir()
+    name = hashlib.sha256(json.dumps(backend.fingerprint).encode()).hexdigest()
+    for file in (f"{name}.jsonl", "files.jsonl"):
+        (store.folder / file).write_bytes(place.pickled + b"\n" + json.dumps({"a": place.code}).encode())
+    records = [Record(kind="completion", prompt="p", completion="c")]
+    CachedBackend(backend, store).run_requests("generate", records, GenerationSettings(), print)
+    store.get("files")
 
 
 @artefact
-def history_with_triggers_and_views(place: Place) -> None:
-    with closing(sqlite3.connect(place.folder / "runs.sqlite")) as base, base:
-        base.execute("CREATE TABLE hidden (path TEXT)")
-        base.execute("CREATE VIEW runs AS SELECT path, load_extension('evil') AS status FROM hidden")
-        base.execute("INSERT INTO hidden VALUES ('x')")
-    list_runs(place.folder)
+def history_that_names_folders_of_others(place: Place) -> None:
+    hostile = place.folder / "runs" / "x"
+    hostile.mkdir(parents=True)
+    (hostile / "config.yaml").write_text(f"model: {place.tag}", encoding="utf-8")
+    (hostile / "manifest.json").write_bytes(place.pickled)
+    list_runs(place.folder / "runs")
+
+
+@artefact
+def scores_of_suites_that_are_a_pickle(place: Place) -> None:
+    suite = place.folder / "suite.yaml"
+    suite.write_text("tasks: {}", encoding="utf-8")
+    history_file().parent.mkdir(parents=True, exist_ok=True)
+    history_file().write_bytes(place.pickled + b"\n" + json.dumps({"suite": str(suite), "tasks": place.code}).encode())
+    read_scores(suite)
 
 
 @artefact

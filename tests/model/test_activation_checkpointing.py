@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.data import packing
+from prunetune.data import batches
 from prunetune.data.encoding import Example
 from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import trainable_parameters
+from prunetune.train.forward import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
-from prunetune.train.teacher import Teacher
 from support.models import random_plan, tiny, tokens, with_lora
 
 DEFAULT = ("kv-groups", "mlp-channels")
@@ -32,8 +32,8 @@ CASES: list[tuple[str, Collection[str]]] = [
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round row lengths up to 32 tokens: the default of a thousand is for GPUs."""
-    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
-    monkeypatch.setattr(packing, "LABEL_STEP", 32)
+    monkeypatch.setattr(batches, "TOKEN_STEP", 32)
+    monkeypatch.setattr(batches, "LABEL_STEP", 32)
 
 
 def examples() -> list[Example]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunetune.model.license import read_license
 from prunetune.model.loading import load_meta_model, load_tokenizer
+from prunetune.model.provenance import read_license
 from prunetune.pruning.sites import find_sites
 from support.evaluation import characters
 from support.fuzz import ODD, damaged, fuzzed, refused_or_fine, torn

@@ -19,7 +19,6 @@ from prunetune import cut, find_sites
 from prunetune.errors import ModelError
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import compute_logits
-from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
     load_empty_model,
@@ -30,6 +29,7 @@ from prunetune.model.loading import (
     resolve_model_path,
     weight_files,
 )
+from prunetune.model.provenance import ModelIdentity
 from support.evaluation import characters, speaker
 from support.models import random_plan, tokens
 from support.suites import model_folder

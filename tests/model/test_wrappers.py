@@ -14,9 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from prunetune import cut, find_sites, masked
 from prunetune.errors import ConfigError
 from prunetune.export import selfcheck
-from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.checkpoint import kv_groups_validator, write_checkpoint
 from prunetune.export.formats import ExportOptions, export_run
-from prunetune.export.stock_config import kv_groups_validator
 from prunetune.model.loading import load_meta_model, load_model_and_tokenizer
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.run import run

@@ -8,10 +8,10 @@ import pytest
 
 from prunetune import find_sites
 from prunetune.bench.local import decode_bytes
-from prunetune.cost.parameters import prunable_params
-from prunetune.pipeline.budget_preview import ParamCounts, preview_budget
+from prunetune.pipeline.plan_constraints import ParamCounts, preview_budget
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
+from prunetune.pruning.units import prunable_params
 from support.models import tiny
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from prunetune.errors import DataError
 from prunetune.evaluation.drift_results import drift_verdict
 from prunetune.evaluation.results import Evaluation
 from prunetune.export import selfcheck
-from prunetune.pipeline import drift as stage
 from prunetune.pipeline import multi_size
+from prunetune.pipeline import stages as stage
 from prunetune.pipeline.run import run
 from support.again import reopen_here
 from support.evaluation import write_model_and_rows
@@ -111,6 +111,18 @@ def test_model_that_cannot_read_the_prompts_ends_its_run_all_the_same(
     assert (folder / "report.html").exists()
 
 
+def load_for_drift_by(load: Callable[[Any, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the function that loads models for this stage alone; the others load by it, too."""
+
+    def evaluate_drift(*args: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "load_model", load)
+            stage.evaluate_drift(*args)
+
+    for module in ("run", "multi_size"):
+        monkeypatch.setattr(f"prunetune.pipeline.{module}.evaluate_drift", evaluate_drift)
+
+
 def test_one_model_is_in_memory_at_a_time(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.nn.Module]] = []
     load = stage.load_model
@@ -121,7 +133,7 @@ def test_one_model_is_in_memory_at_a_time(workspace: Path, tmp_path: Path, monke
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(stage, "load_model", load_alone)
+    load_for_drift_by(load_alone, monkeypatch)
     run(from_mapping(recipe(workspace, tmp_path / "run")))
     assert len(alive) == 3
 
@@ -131,7 +143,7 @@ def test_each_of_several_sizes_is_measured_against_one_reference(
 ) -> None:
     loaded = []
     load = stage.load_model
-    monkeypatch.setattr(stage, "load_model", lambda context, name: loaded.append(name) or load(context, name))
+    load_for_drift_by(lambda context, name: loaded.append(name) or load(context, name), monkeypatch)
     monkeypatch.setattr(multi_size, "measure_gain", lambda *_: None)
     values = recipe(workspace, tmp_path / "run", dense_tuned=False) | {"budget": {"keep": [0.8, 0.6], "align": 8}}
     folder = run(from_mapping(values))

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,19 @@ def test_eval_and_check_of_the_run_hide_rows_as_its_recipe_says(fresh_log: Works
     against = root / "clear.json"
     right = Evaluation.from_json((out / "scores.json").read_text())
     for name, flags in (("again", ("--against", out / "scores.json")), ("dense", ())):
-        files = ("--junit", out / f"{name}.xml", "--json", out / f"{name}.json")
+        files = ("--junit", out / f"{name}.xml", "--html", out / f"{name}.html", "--json", out / f"{name}.json")
         assert fresh_log.prunetune("check", run, *options, *files, *flags) in (1, 2)
     assert right.tasks["open"].scores["contains"].value == 1
     assert json.loads((out / "again.json").read_text())["scores"]["choice"]
     assert not fresh_log.words("off", "cache")
     assert fresh_log.prunetune("eval", run, *options, "--samples", "on", "--out", out / "scores.json") == 2
     assert not fresh_log.words("off", "cache")
+    for model in (run / "model", run / "tuned" / "adapter"):  # named alone
+        assert fresh_log.prunetune("eval", model, *options, "--out", out / "model.json") == 2
+        assert not fresh_log.words("off", "cache")
     # The same model outside its run, to see that there is something to hide.
-    assert fresh_log.prunetune("eval", run / "model", *options, "--out", against) == 2
+    shutil.copytree(run / "model", root / "outside")
+    assert fresh_log.prunetune("eval", root / "outside", *options, "--out", against) == 2
     words = fresh_log.words("clear.json", "cache")
     assert {"plantsuiteasked0", "plantsuiteyes", "plantsuiteid0", "plantgenerated", "plantsame"} <= words
     clear = Evaluation.from_json(against.read_text())

@@ -15,7 +15,6 @@ import torch
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import from_mapping
 from prunetune.cost.budget_limits import BudgetLimits
-from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
@@ -24,7 +23,7 @@ from prunetune.pipeline.monitor import ValidationMonitor, aggregate_scores, make
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import UnitKind
+from prunetune.pruning.units import UnitKind, prunable_params
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_params

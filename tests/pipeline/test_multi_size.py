@@ -21,7 +21,6 @@ from prunetune.cli.output import render_run
 from prunetune.compare.run import compare
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ConfigError, LimitBroken, ModelError, PlanError, RunFolderError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
 from prunetune.export.source import ExportSource
@@ -30,7 +29,7 @@ from prunetune.pipeline import run as run_module
 from prunetune.pipeline.run import run as run_pipeline
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.runs.folder import RunFolder, create_run_folder, open_run
 from prunetune.runs.history import list_runs
 from prunetune.runs.watch import active_run
@@ -122,7 +121,7 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
         )
         manifest = folder.read_manifest()
         assert manifest.selfcheck.ok
-        assert set(manifest.speed.to_dict()) == {"dense", "pruned"}
+        assert set(manifest.gain.speedups) == {"throughput", "prefill", "decode"}
         assert manifest.size.to_dict() == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
         assert manifest.timings["tune and prune"] > 0
         assert manifest.gain.limits[0].is_met

@@ -15,7 +15,7 @@ from prunetune.compare.methods import read_variants, resolve_methods
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
-from prunetune.pipeline import finish, nf4_check, recording, stages
+from prunetune.pipeline import finish, recording, stages
 from prunetune.pipeline.run import run
 from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules
@@ -145,7 +145,7 @@ def weights_of_linears(model: Any) -> list[Any]:
 @needs_nf4
 def test_merged_model_that_differs_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "round_to_nf4", lambda _, weight, **__: weight)  # merged into weights never tuned on
-    monkeypatch.setattr(nf4_check, "MAX_LOGIT_ERROR", 1e-4)
+    monkeypatch.setattr(finish, "MAX_LOGIT_ERROR", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
         run(config_of(workspace, tmp_path / "run"))
     assert not (tmp_path / "run" / "model").exists()

@@ -80,3 +80,18 @@ def test_budget_that_quality_does_not_allow_is_told_and_exits_with_one(
     with pytest.raises(LimitBroken, match="flops"):
         run(config_of(workspace, tmp_path / "run", budget={"flops": "0.5"}))
     assert (tmp_path / "run/report.html").exists()
+
+
+def test_limit_that_the_tuned_dense_model_breaks_ends_the_run_before_it_prunes(workspace: Path, tmp_path: Path) -> None:
+    limits = {"quality": {"choice.nll": 1e-6, "accuracy": 0.0}}
+    with pytest.raises(
+        LimitBroken, match=r"of the tuned dense model quality\.choice\.nll is .* has to be at most 1e-06"
+    ):
+        run(config_of(workspace, tmp_path / "run", budget=limits))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_run_within_absolute_limits_reports_them(workspace: Path, tmp_path: Path) -> None:
+    folder = run(config_of(workspace, tmp_path / "run", budget={"keep": 0.8, "quality": {"choice.nll": 99}}))
+    (limit,) = json.loads((folder / "manifest.json").read_text())["gates"]["limits"]
+    assert (limit["gate"], limit["held"]) == ("quality.choice.nll <= 99 -> roll-back", True)

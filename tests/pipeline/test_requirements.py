@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from prunetune.bench.interleaved import run_interleaved
 from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel, summarise_bench
-from prunetune.bench.runner_protocol import BenchSample, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, OutOfMemory, WorkEstimate
 from prunetune.bench.tile_alignment import misaligned_widths
 from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.manifest import GainFacts
@@ -162,7 +163,7 @@ def test_prompt_and_answer_share_a_short_context_in_whole_tokens(
 ) -> None:
     """Of 0 the model says nothing."""
     monkeypatch.setattr(requirements, "context_length", lambda *_, **__: context)
-    options = gain_bench_options(from_mapping({"model": "x", "require": {"prompt": 99, "generate": 77}}))
+    options = gain_bench_options(from_mapping({"model": "x", "require": {"prompt": 99, "generate": 77, "faster": 1}}))
     assert (options.prompt, options.generate) == (prompt, generate)
 
 
@@ -208,3 +209,36 @@ def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: 
     assert set(gains) == {"large", "small"}
     assert [limit.is_met for limit in gains["small"].limits] == [True]
     assert json.loads(folders[0].bench_file.read_text()) == [{"names": names} for names in timed]
+
+
+def test_request_without_a_required_margin_is_short(tmp_path: Path) -> None:
+    model = str(model_folder(tmp_path))
+    for changes, expected in (
+        ({}, (17, 5)),
+        ({"require": {"generate": 4, "runs": 3}}, (4, 3)),
+        ({"require": {"faster": 1.1}}, (64, 7)),
+        ({"budget": {"keep": [0.8, 0.6]}}, (64, 7)),  # the page of several sizes compares their speeds
+    ):
+        options = gain_bench_options(from_mapping({"model": model, **changes}))
+        assert (options.generate, options.runs) == expected
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_models_that_do_not_fit_together_fail_a_run_only_if_a_margin_is_required(
+    is_required: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OutOfMemory("the weights of dense: out of memory")
+
+    monkeypatch.setattr(requirements, "measure_in_process", refuse)
+    monkeypatch.setattr(requirements, "gain_bench_options", lambda _: BenchOptions())
+    folder = RunFolder(tmp_path)
+    context = SimpleNamespace(
+        console=SimpleNamespace(stage=lambda *_: None),
+        device=torch.device("cpu"),
+        config=from_mapping({"require": {"faster": 2 * is_required}}),
+    )
+    with pytest.raises(OutOfMemory) if is_required else nullcontext():
+        measure_gain(folder, [folder], cast("RunContext", context))
+        assert "was not measured: the weights of dense: out of memory" in caplog.text
+    assert not folder.read_manifest().gain

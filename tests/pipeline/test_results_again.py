@@ -19,8 +19,8 @@ from prunetune.export.formats import ExportOptions, export_run
 from prunetune.export.gguf import llamacpp
 from prunetune.export.selfcheck import compute_logits
 from prunetune.export.source import ExportSource
-from prunetune.model.history import PruningRun, has_per_layer_config
 from prunetune.model.loading import load_meta_model, load_model_and_tokenizer
+from prunetune.model.provenance import PruningRun, has_per_layer_config
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.run import run
 from prunetune.pruning.remaining_sites import plan_within

@@ -210,7 +210,7 @@ def test_manifest_counts_data_and_parameters(layout: str, done: dict[str, Path])
     assert manifest["pruned"]["decoder_params"] <= 0.6 * manifest["model"]["decoder_params"]
     assert manifest["selfcheck"]["ok"]
     assert manifest["selfcheck"]["max_relative"] <= 1e-5
-    assert set(manifest["speed"]) == {"dense", "pruned"}
+    assert set(manifest["gain"]["speed"]) == {"throughput", "prefill", "decode"}, "measured in turns"
     assert sum(manifest["data"]["counts"].values()) == 48
 
 

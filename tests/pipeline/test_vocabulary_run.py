@@ -1,7 +1,5 @@
 """A run with `budget.vocab`: the reduced dense model in the run folder, and all that reads it."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -23,6 +21,7 @@ from prunetune.evaluation.suites.open_model import dense_model_of_run, reference
 from prunetune.export.gguf import llamacpp
 from prunetune.export.source import ExportSource
 from prunetune.manifest import Manifest
+from prunetune.model.reduced_vocabulary import read_vocabulary
 from prunetune.pipeline import prepare as prepare_module
 from prunetune.pipeline.run import run
 from prunetune.pruning.vocabulary import KeptVocabulary
@@ -65,7 +64,7 @@ def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept_of(folder: Path) -> KeptVocabulary:
-    return KeptVocabulary.from_json((folder / "base" / "vocabulary.json").read_text())
+    return read_vocabulary(folder / "base")
 
 
 def test_base_folder_holds_the_kept_rows_of_the_dense_model(source: Path, finished: Path) -> None:

@@ -12,11 +12,16 @@ from torch.nn import functional as F
 
 from prunetune.errors import ConfigError
 from prunetune.model.activation_checkpointing import use_checkpointing
-from prunetune.pruning.compensation import compensate_consumers
-from prunetune.pruning.curvature import Curvature, consumer_name, record_curvature, removal_costs
+from prunetune.pruning.compensation import (
+    Curvature,
+    compensate_consumers,
+    consumer_name,
+    record_curvature,
+    removal_costs,
+)
 from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.sites import find_sites
-from prunetune.utils.capture_lock import CAPTURE_LOCK
+from prunetune.utils.threads import CAPTURE_LOCK
 from support.models import FAMILIES, random_plan, tiny, tokens
 
 

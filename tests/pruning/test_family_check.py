@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from prunetune import cut, find_sites, masked
 from prunetune.errors import ConfigError, UnknownArchitecture
 from prunetune.export.checkpoint import write_checkpoint
-from prunetune.export.layout_check import check_layout
+from prunetune.pipeline.plan_constraints import check_layout
 from prunetune.pruning import family_check
 from prunetune.pruning.families import FAMILIES, Family
 from prunetune.pruning.family_check import checked_family, half_plan, read_family

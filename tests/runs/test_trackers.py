@@ -106,3 +106,62 @@ def test_tensorboard_holds_the_curve(tmp_path: Path) -> None:
     events.Reload()
     found = {event.step: event.value for event in events.Scalars("train/loss")}
     assert found == pytest.approx({step: 1.0 / step for step in (1, 2, 3)})
+
+
+TABLE = "| task | pruned |\n| --- | --- |\n| a\\|b | 0.75 |"
+SCORES = {"accuracy": 0.75, "nll": math.nan}
+
+
+def test_result_of_a_run_goes_on_with_its_curve(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, folder = from_mapping({"report_to": "tensorboard"}), RunFolder(tmp_path)
+    with start_trackers(config, folder, cpu=True) as active:
+        active.log({**RECORD, "step": 1, "loss": 1.0}, "train")
+    with start_trackers(config, folder, cpu=True) as active:
+        active.log_result(SCORES, TABLE, tmp_path / "report.html", 9)
+    events = EventAccumulator(str(tmp_path / "trackers" / "prunetune"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("final/accuracy")] == [(9, 0.75)]
+    assert [event.step for event in events.Scalars("train/loss")] == [1]
+    (text,) = events.Tensors("final/scores/text_summary")
+    assert text.tensor_proto.string_val == [TABLE.encode()]
+
+
+def test_tracker_that_takes_a_table_or_a_page_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    class Package:
+        """Of wandb and mlflow what is called."""
+
+        @staticmethod
+        def Html(page: str) -> str:
+            return page
+
+        @staticmethod
+        def log_text(text: str, name: str) -> None:
+            sent.append((name, text))
+
+    class Taking(Tracker):
+        def log_artifact(self, path: str) -> None:
+            sent.append(path)
+
+    monkeypatch.setattr(trackers, "import_module", lambda _: Package)
+    wandb, mlflow, trackio = Taking(), Taking(), Taking()
+    wandb.name, mlflow.name, trackio.name = "wandb", "mlflow", "trackio"
+    Trackers([wandb, mlflow, trackio]).log_result(SCORES, TABLE, tmp_path / "report.html", 9)
+    page = str(tmp_path / "report.html")
+    assert wandb.logged == [(9, {"final/accuracy": 0.75}), (9, {"final/report": page})]
+    assert sent == [("scores.md", TABLE), page]
+    assert trackio.logged == [(9, {"final/accuracy": 0.75})]
+
+
+def test_tracker_that_refuses_a_page_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Tracker()
+    broken.name = "wandb"
+    with caplog.at_level(logging.WARNING):
+        Trackers([broken]).log_result(SCORES, TABLE, tmp_path / "report.html", 9)
+    assert "wandb failed (" in caplog.text

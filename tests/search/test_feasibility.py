@@ -21,16 +21,14 @@ from prunetune.cost.budget_limits import (
 from prunetune.cost.deployment import max_cost
 from prunetune.cost.latency_table import TRACKS, LatencyCost, LatencyTable, LayerTiming, representative_layers
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.parameters import kept_share
 from prunetune.errors import PlanError
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import KIND_BY_NAME, Site, UnitKind, dense_plan, kept_params
-from prunetune.search.feasibility import uniform_scores, with_limits
+from prunetune.pruning.units import KIND_BY_NAME, Site, UnitKind, dense_plan, kept_params, kept_share
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import min_feasible_keep, min_widths, select
+from prunetune.search.select import min_feasible_keep, min_widths, select, uniform_scores, with_limits
 from support.models import tiny
 
 WORKLOAD = WorkloadConfig()

@@ -7,12 +7,11 @@ import itertools
 import pytest
 import torch
 
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site, dense_plan, kept_params
+from prunetune.pruning.units import Site, dense_plan, kept_params, prunable_params
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints, block_size, min_width
 from prunetune.search.select import min_feasible_keep, select

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.cost.parameters import kept_share, prunable_params
 from prunetune.errors import ConfigError, PlanError
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site, UnitKind, effective_gates, kept_params
+from prunetune.pruning.units import Site, UnitKind, effective_gates, kept_params, kept_share, prunable_params
 from prunetune.search.plan_rules import default_align
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import min_feasible_keep, select

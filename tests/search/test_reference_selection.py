@@ -14,15 +14,13 @@ from prunetune.config.quantities import Amount
 from prunetune.config.recipe import WorkloadConfig, from_mapping
 from prunetune.cost.budget_limits import make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
-from prunetune.cost.parameters import prunable_params
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site
-from prunetune.search.feasibility import with_limits
+from prunetune.pruning.units import Site, prunable_params
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints, block_size
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import BudgetTracker, min_feasible_keep, min_widths, select
+from prunetune.search.select import BudgetTracker, min_feasible_keep, min_widths, select, with_limits
 from prunetune.search.uniform import UniformPlanner
 from support.models import tiny
 from support.nested import both_layouts, constraints_for, every_family, sites_of

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from prunetune.config.recipe import from_mapping
 from prunetune.cost.budget_limits import BudgetLimits
-from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, kept_share, prunable_params
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.search.searcher import Searcher, round_straight_through
+from prunetune.search.searcher import Searcher, keep_ratio_loss, round_straight_through
 from support.models import tiny
 
 KEEP = 0.6

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from prunetune.cost.budget_limits import BudgetLimit, BudgetLimits
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site, UnitKind, dense_plan, kept_params
+from prunetune.pruning.units import Site, UnitKind, dense_plan, kept_params, prunable_params
 from prunetune.search.plan_rules import PlanConstraints, default_align, min_width
 from prunetune.search.select import min_feasible_keep, min_params, select
 from support.geometries import GEOMETRIES, build_sites, geometry

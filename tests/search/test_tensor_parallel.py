@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
-from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan, kept_params
+from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan, kept_params, prunable_params
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_feasible_keep, select
 

@@ -28,12 +28,11 @@ from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.train import loop
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore
-from prunetune.train.parallel.distributed_passes import distribute_checkpoints, distribute_passes
+from prunetune.train.forward import Teacher
+from prunetune.train.parallel.distributed import distribute_checkpoints, distribute_passes, shard_layers
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
-from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import PackedPasses, PassSize
 from prunetune.train.step_guard import StepGuard
-from prunetune.train.teacher import Teacher
 from support.loop import config_of, job_of
 from support.models import tiny
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.config.score_limits import QUALITY, ScoreLimit
+from prunetune.config.score_limits import QUALITY, STAGE_SCORE, ScoreLimit
 from prunetune.data.batches import BatchStream
 from prunetune.pipeline.monitor import score_limits
 from prunetune.pipeline.prepare import resolve_auto
@@ -73,7 +73,8 @@ class FakeMonitor:
     plans: dict[int, Plan] = field(default_factory=dict)
 
     def score(self, model: Any, *, is_judged: bool) -> dict[str, float]:
-        quality = {QUALITY: 1 - self.score_function(model)} if is_judged else {}
+        kept = 1 - self.score_function(model)
+        quality = {QUALITY: kept, f"{STAGE_SCORE}accuracy": kept, f"{STAGE_SCORE}nll": 2 - kept} if is_judged else {}
         return {"guard.nll": self.score_function(model)} | quality
 
     def record_decision(self, record: dict[str, Any], plan: Plan) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
-from prunetune.evaluation import Evaluation, Item, Score, TaskResult
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -200,9 +200,9 @@ def manifest() -> dict[str, object]:
             "class": "LlamaForCausalLM", "layout": "per-layer",
         },
         "selfcheck": {"max_relative": 2.4e-6, "limit": 1e-4, "tokens": 512, "ok": True},
-        "speed": {
-            "dense": {"prefill_tokens_per_s": 118_400, "decode_tokens_per_s": 61.3},
-            "pruned": {"prefill_tokens_per_s": 163_900, "decode_tokens_per_s": 78.9, "decode_spread": 0.03},
+        "gain": {
+            "speed": {"decode": {"median": 1.29, "min": 1.25, "max": 1.32}, "prefill": {"median": 1.38}},
+            "figures": {"decode": {"dense": 0.0163, "pruned": 0.0127}, "prefill": {"dense": 0.021, "pruned": 0.0152}},
         },
         "timings": {"load": 3.2, "train": 562.1, "cut": 1.9, "evaluate": 141.0, "export": 8.8, "bench": 35.0},
         "peak_memory_mb": 11_240,

@@ -1,7 +1,5 @@
 """Tokenizers of every prunable kind, trained on the spot, and texts in twelve scripts, code, emoji and controls."""
 
-from __future__ import annotations
-
 import json
 import random
 from functools import cache

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from prunetune.config.fields import merge_mappings
-from prunetune.cost.parameters import prunable_params
 from prunetune.pipeline.prepare import resolve_auto
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites, lora_target_modules
-from prunetune.pruning.units import Site, kept_params
+from prunetune.pruning.units import Site, kept_params, prunable_params
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import learning_rate
 from support.loop import GENERATOR, KEEP, MemoryStore, config_of, job_of, load_into_dense, losses, weights_of

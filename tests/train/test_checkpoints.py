@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prunetune.errors import RunFolderError
-from prunetune.model.identity import ModelIdentity
+from prunetune.model.provenance import ModelIdentity
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from support.models import random_plan, tiny
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 from prunetune.train.cuda_graphs import STREAM_POOL_SIZE, STREAMS_IN_USE, CudaGraphRecorder, own_stream
-from prunetune.utils.capture_lock import CAPTURE_LOCK
+from prunetune.utils.threads import CAPTURE_LOCK
 
 CUDA = torch.device("cuda")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.data import packing
+from prunetune.data import batches
 from prunetune.train import losses
 from support.passes import assert_same, gradients
 
@@ -43,8 +43,8 @@ def script() -> dict[str, Any]:
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "TERMS", dict(losses.TERMS))
-        patch.setattr(packing, "TOKEN_STEP", 32)
-        patch.setattr(packing, "LABEL_STEP", 32)
+        patch.setattr(batches, "TOKEN_STEP", 32)
+        patch.setattr(batches, "LABEL_STEP", 32)
         (text,) = blocks("python")
         exec(compile(text, "loss-term.md", "exec"), names)
         names["gradients"] = [gradients_of(names, kind) for kind in ("PaddedPasses", "PackedPasses")]
@@ -82,12 +82,12 @@ def test_script_term_has_a_gradient_equal_padded_and_packed(script: dict[str, An
 RUN = """
 import json
 from prunetune.config.recipe import from_mapping
-from prunetune.data import packing
+from prunetune.data import batches
 from prunetune.train import loop
 from prunetune.train.passes import PackedPasses
 from support.loop import config_of, job_of
 
-packing.TOKEN_STEP = packing.LABEL_STEP = 32
+batches.TOKEN_STEP = batches.LABEL_STEP = 32
 runs = {}
 for name, weight in (("off", 0.0), ("padded", 0.1), ("packed", 0.1)):
     loop.build_passes = PackedPasses if name == "packed" else loop.build_passes

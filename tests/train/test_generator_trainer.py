@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prunetune.train.generator_trainer import CLIP, generator_learning_rate
+from prunetune.train.decisions import CLIP, generator_learning_rate
 
 
 def test_learning_rate_is_a_fifth_in_the_last_fifth_of_the_search() -> None:

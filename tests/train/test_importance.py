@@ -16,7 +16,7 @@ from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
 from prunetune.pruning.sites import find_sites
-from prunetune.train.importance import gate_importance, score_units
+from prunetune.train.decisions import gate_importance, score_units
 from prunetune.train.job import TrainingJob
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.step_guard import StepGuard

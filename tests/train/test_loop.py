@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ModelError
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import dense_plan, kept_params
+from prunetune.pruning.units import dense_plan, kept_params, prunable_params
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, TrainingState
+from prunetune.train.forward import Teacher
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import learning_rate
-from prunetune.train.teacher import Teacher
 from support.loop import (
     GENERATOR,
     KEEP,

@@ -12,9 +12,8 @@ from prunetune.config.recipe import from_mapping
 from prunetune.data.batches import collate
 from prunetune.data.encoding import Example
 from prunetune.train import losses
-from prunetune.train.forward import ForwardOutputs, inputs_from_batch
+from prunetune.train.forward import ForwardOutputs, Teacher, inputs_from_batch
 from prunetune.train.losses import TERMS, Term, TrainingLoss
-from prunetune.train.teacher import Teacher
 from support.models import tiny
 
 BATCH = [Example((1, 2, 3, 4), 2), Example((1, 2, 3, 4, 5, 6), 5), Example((1, 2, 3), 3)]

@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+import prunetune.train.passes as passes_module
 from prunetune.config.recipe import LoraSettings, RunConfig, from_mapping
-from prunetune.data import packing
+from prunetune.data import batches
+from prunetune.data.batches import group_for_packing, pack_examples, round_up_length
 from prunetune.data.encoding import Example
-from prunetune.data.packing import group_for_packing, pack_examples, round_up_length
 from prunetune.model import sequence_packing
 from prunetune.model.sequence_packing import supports_packing
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.train.forward import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
-from prunetune.train.teacher import Teacher
 from support.models import ALL_FAMILIES, random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -45,8 +46,8 @@ def config_of(micro_tokens: int = 10_000, logits: float = 1.0, hidden: float = 1
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round row lengths up to 32 tokens: the default of a thousand is for GPUs."""
-    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
-    monkeypatch.setattr(packing, "LABEL_STEP", 32)
+    monkeypatch.setattr(batches, "TOKEN_STEP", 32)
+    monkeypatch.setattr(batches, "LABEL_STEP", 32)
 
 
 # Soft-capped scores; keyword arguments that end before attention; attention of their own; sinks.
@@ -329,3 +330,20 @@ def test_short_stages_have_fewer_lengths_of_rows_and_the_same_losses() -> None:
         losses.append([passes.tune(examples()[:count], None)["loss"] for count in range(1, 6)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(set(lengths[:5])) > len(set(lengths[5:])) == 1
+
+
+def test_rows_of_a_large_model_are_hardly_padded_with_a_teacher_on_half_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes_module, "LARGE_MODEL_PARAMS", 1)
+    model = tiny("llama").requires_grad_(False)
+    sites = find_sites(model)
+    add_adapters(model, sites, LoraSettings(rank=4), seed=0)
+    teacher = Teacher(tiny("llama", seed=1), is_tuned=False, share=0.5)
+    passes, rows = PackedPasses(model, sites, 0, config_of(), teacher), []
+    passes.recorder.run = lambda key, function, inputs: (rows.append(inputs), function(inputs))  # type: ignore
+    passes.use_sites(sites, 5)
+    passes.tune(examples(), None)
+    assert len(rows) == 2
+    for input_ids, *_ in rows:
+        assert input_ids.shape[1] - int((input_ids != 0).sum()) < 16

@@ -15,14 +15,12 @@ from prunetune.config.quantities import Amount
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.budget_limits import make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import RunFolderError
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.remaining_sites import plan_within
-from prunetune.pruning.units import DEFAULT_UNITS, dense_plan, kept_params
-from prunetune.search.feasibility import with_limits
-from prunetune.search.select import select
+from prunetune.pruning.units import DEFAULT_UNITS, dense_plan, kept_params, prunable_params
+from prunetune.search.select import select, with_limits
 from prunetune.train import loop
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors

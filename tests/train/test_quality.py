@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.config.recipe import RunConfig
+from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.errors import ConfigError, LimitBroken
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.schedule import build_schedule, learning_rate
@@ -21,6 +21,16 @@ STEPS = 20
 def quality_config(quality: float, keep: float = 0.3, **train: Any) -> RunConfig:
     train = {"steps": STEPS, "validate_every": 100, "weights": "all", "learning_rate": 1e-3} | train
     return config_of(budget={"quality": quality, "keep": keep}, train=train)
+
+
+def limits_config(limits: dict[str, float], quality: float = 0.0) -> RunConfig:
+    named = (
+        {"quality": limits}
+        if not quality
+        else {"quality": quality, "quality_limits": [f"{k}={v}" for k, v in limits.items()]}
+    )
+    train = {"steps": STEPS, "validate_every": 100, "weights": "all", "learning_rate": 1e-3}
+    return config_of(budget={"keep": 0.3, **named}, train=train)
 
 
 def removed(run: MonitoredRun) -> list[float]:
@@ -40,6 +50,50 @@ def test_run_ends_with_the_smallest_stage_that_keeps_the_quality(tmp_path: Path)
     (event,) = run.history["events"]
     assert event["did"].endswith(f"; quality of the smaller model: {1 - broken:.4g}")
     assert run.history["schedule"]["cuts"] == []
+
+
+@pytest.mark.parametrize("limits", [{"accuracy": 0.65}, {"nll": 1.35}, {"nll": 1.35, "accuracy": 0.2}])
+def test_absolute_limits_end_a_run_at_the_same_stage_as_a_share_of_the_same_size(
+    limits: dict[str, float], tmp_path: Path
+) -> None:
+    """The monitor's accuracy is the share kept, and its loss one more than the share removed."""
+    share = run_with_limits(quality_config(0.65), tmp_path / "share")
+    absolute = run_with_limits(limits_config(limits), tmp_path / "absolute")
+    assert removed(absolute) == removed(share)
+    assert absolute.plan == share.plan
+    name, (event,) = next(iter(limits)), absolute.history["events"]
+    assert f"; {name} of the smaller model: " in event["did"]
+
+
+def test_run_holds_the_stricter_of_a_share_and_an_absolute_limit(tmp_path: Path) -> None:
+    loose, strict = run_with_limits(quality_config(0.4), tmp_path / "loose"), quality_config(0.65)
+    for name, config in (
+        ("a", limits_config({"accuracy": 0.65}, quality=0.4)), ("b", limits_config({"accuracy": 0.4}, quality=0.65)),
+    ):  # fmt: skip
+        both = run_with_limits(config, tmp_path / name)
+        assert both.plan == run_with_limits(strict, tmp_path / f"{name}-strict").plan
+        assert both.plan != loose.plan
+
+
+def test_absolute_limit_that_the_first_cut_breaks_leaves_no_smaller_model(tmp_path: Path) -> None:
+    with pytest.raises(LimitBroken, match=r"no smaller model keeps the quality.*quality\.nll is 1\.\d+ and has to be"):
+        run_with_limits(limits_config({"nll": 1.0}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"triage": 0.6, "nll": 1.3}, ("triage.accuracy=0.6", "nll=1.3")),
+        ({"legal/text.nll": 2, "accuracy": 0.5}, ("legal/text.nll=2", "accuracy=0.5")),
+    ],
+)
+def test_mapping_under_quality_is_read_as_limits(written: dict[str, float], read: tuple[str, ...]) -> None:
+    config = config_of(budget={"quality": written})
+    assert config.budget.quality_limits == read
+    assert (config.budget.quality, config.budget.has_quality) == (0.0, True)
+    assert from_mapping(to_mapping(config)) == config, "as a run folder keeps it"
+    with pytest.raises(ConfigError, match=r"is no limit; write a score and its value such as triage=0\.6"):
+        config_of(budget={"quality": {"triage": "good"}})
 
 
 def test_run_that_keeps_the_quality_everywhere_ends_at_the_smallest_size_asked_for(tmp_path: Path) -> None:

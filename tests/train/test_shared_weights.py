@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunetune.config.recipe import DistillConfig, RunConfig
-from prunetune.data import packing
+from prunetune.data import batches
 from prunetune.pipeline.prepare import resolve_auto
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.masking import masked
@@ -20,11 +20,11 @@ from prunetune.pruning.teacher_student_weights import can_share_weights, unshare
 from prunetune.train import loop
 from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.forward import Teacher, base_teacher
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import checkpointed_relative_error, relative_error
 from prunetune.train.passes import PackedPasses
-from prunetune.train.teacher import Teacher, base_teacher
 from support.loop import (
     AllCheckpoints,
     RecordingObserver,
@@ -145,8 +145,8 @@ class MemoryObserver(RecordingObserver):
 
 @pytest.mark.parametrize(("family", "packed"), [("llama", False), ("gemma3_text", False), ("llama", True)])
 def test_shared_teacher_takes_no_memory_of_its_own(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
-    monkeypatch.setattr(packing, "LABEL_STEP", 32)
+    monkeypatch.setattr(batches, "TOKEN_STEP", 32)
+    monkeypatch.setattr(batches, "LABEL_STEP", 32)
     if packed:
         monkeypatch.setattr(loop, "build_passes", PackedPasses)
     observer = MemoryObserver()

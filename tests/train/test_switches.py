@@ -13,10 +13,9 @@ from torch import Tensor
 
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, load_recipe
-from prunetune.cost.parameters import prunable_params
 from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import build_schedule

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from prunetune.cost.parameters import prunable_params
 from prunetune.errors import LimitBroken
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.validation import RolledBack

@@ -3,8 +3,6 @@
 Shapes: B examples, T tokens, N tokens without padding, C columns of a linear.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

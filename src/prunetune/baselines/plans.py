@@ -1,7 +1,5 @@
 """Two-stage methods that search for a whole plan while all weights are frozen: a generator, and evolution."""
 
-from __future__ import annotations
-
 import random
 
 import torch
@@ -14,10 +12,10 @@ from prunetune.data.batches import Batch
 from prunetune.model.lm_head import capture_head_inputs, chunked_loss, logits_function
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan, masked
-from prunetune.search.decision import split_like
 from prunetune.search.plan_rules import block_size, min_width
 from prunetune.search.searcher import Searcher
-from prunetune.utils.seeds import derive_seed
+from prunetune.search.select import split_like
+from prunetune.utils.determinism import derive_seed
 
 GENERATIONS, OFFSPRING = 16, 8
 SELECTION = ((2, 1), (1, 4))  # (survivors, batches that they are chosen on), one round after the other

@@ -1,7 +1,5 @@
 """The list of two-stage methods: what one is given, what it returns, and the decorator that adds it to the list."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

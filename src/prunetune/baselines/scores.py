@@ -5,8 +5,6 @@ method is one decorated function here (docs/extend/baseline.md). Shapes: U units
 H hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,15 +17,13 @@ from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
-from prunetune.pruning.compensation import compensate_consumers
-from prunetune.pruning.curvature import consumer_name, record_curvature, removal_costs
+from prunetune.pruning.compensation import compensate_consumers, consumer_name, record_curvature, removal_costs
 from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
-from prunetune.pruning.unit_weights import unit_weights
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, unit_weights
 from prunetune.search.select import Scores
-from prunetune.utils.seeds import derive_seed
+from prunetune.utils.determinism import derive_seed
 
 
 @baseline("random", source="none: the floor that every method has to beat")
@@ -149,7 +145,13 @@ def fisher(calibration: Calibration) -> Scores:
     model, sites = calibration.model, calibration.sites
     gates = {name: gate.requires_grad_() for name, gate in calibration.open_gates().items()}
     sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
-    examples = [example for batch in calibration.batches for example in _single_examples(batch)]
+    examples = []  # each one that has a label as a batch of its own, without padding
+    for batch in calibration.batches:
+        for index, length in enumerate(batch.lengths):
+            labels = batch.labels[index : index + 1, :length]
+            if target_tokens := int((labels[:, 1:] != IGNORE_INDEX).sum()):
+                ids, names = batch.input_ids[index : index + 1, :length], batch.example_ids[index : index + 1]
+                examples.append(Batch(ids, labels, target_tokens, (length,), names))
     for example in examples:
         with masked(model, gates, sites=sites):
             loss = _loss_sum(model, example) / example.target_tokens
@@ -248,15 +250,3 @@ def _loss_sum(model: Any, batch: Batch) -> Tensor:
     with select_head_inputs(model, placed.prediction_mask):
         logits = model(input_ids=placed.input_ids, use_cache=False).logits
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), placed.targets, reduction="sum")
-
-
-def _single_examples(batch: Batch) -> list[Batch]:
-    """Each example that has a label as a batch of its own, without padding."""
-    examples = []
-    for index, length in enumerate(batch.lengths):
-        labels = batch.labels[index : index + 1, :length]
-        target_tokens = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        if target_tokens:
-            ids = batch.input_ids[index : index + 1, :length]
-            examples.append(Batch(ids, labels, target_tokens, (length,), batch.example_ids[index : index + 1]))
-    return examples

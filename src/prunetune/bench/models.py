@@ -9,8 +9,8 @@ from pathlib import Path
 from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.open_model import check_gguf_file, list_run_sizes, read_run_config, resolve_checkpoint
-from prunetune.model.history import read_history
 from prunetune.model.loading import load_config, resolve_model_path
+from prunetune.model.provenance import read_history
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import import_optional
 

@@ -237,13 +237,14 @@ def runs(
     *,
     model: Annotated[str, Parameter(help="Only runs whose model name contains this.")] = "",
     status: Annotated[
-        str, Parameter(help="Only runs that are done, running, interrupted, failed, 'gate failed' or gone.")
+        str, Parameter(help="Only runs that are done, running, interrupted, failed or 'gate failed'.")
     ] = "",
     where: Annotated[
         tuple[str, ...], Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.")
     ] = (),
+    json: Annotated[bool, Parameter(negative=(), help="Print all that is known of them as JSON.")] = False,
 ) -> None:
-    """List the runs of a folder, newest first, from its runs.sqlite (in $PRUNETUNE_HOME, if that is set).
+    """List the runs, sizes and comparisons of a folder, and of those in $PRUNETUNE_HOME's runs.txt, newest first.
 
     Parameters
     ----------
@@ -251,9 +252,10 @@ def runs(
         The folder that holds the run folders.
     """
     from prunetune.runs.history import list_runs
-    from prunetune.runs.listing import filter_runs, render_runs_table
+    from prunetune.runs.listing import filter_runs, render_runs_table, runs_to_json
 
-    _print(render_runs_table(filter_runs(list_runs(folder), model=model, status=status, where=where)))
+    entries = filter_runs(list_runs(folder), model=model, status=status, where=where)
+    _print(runs_to_json(entries) if json else render_runs_table(entries))
 
 
 @app.command(name="compare-runs")
@@ -359,6 +361,7 @@ def check(
     *,
     suite: UserPath,
     junit: Annotated[UserPath | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
+    html: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures as a page.")] = None,
     json: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
     flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
@@ -377,12 +380,16 @@ def check(
     from prunetune.utils.console import evaluation_progress
 
     options = read_options(CheckOptions, flags_to_overrides(flags), where="check")
-    check_writable(junit, "--junit")
-    check_writable(json, "--json")
+    for file, flag in ((junit, "--junit"), (html, "--html"), (json, "--json")):
+        check_writable(file, flag)
     with evaluation_progress() as progress:
         result = evaluate_and_check.check(model, suite, options=options, progress=progress)
     if junit is not None:
         write_text(junit, render_junit(result, f"prunetune check {public_url(model)}"))
+    if html is not None:
+        from prunetune.report.check_page import render_check_page
+
+        write_text(html, render_check_page(result, public_url(model), str(suite)))
     if json is not None:
         write_text(json, result.to_json())
     _print(output.render_check(result))
@@ -390,6 +397,28 @@ def check(
         raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
     if result.errors:
         raise DataError(f"{len(result.errors)} tasks could not be judged: {', '.join(result.errors)}")
+
+
+@app.command
+def history(
+    suite: UserPath,
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="Print all scores as JSON.")] = False,
+) -> None:
+    """Scores of a suite over time: a row for each version of a model that eval or check scored, newest first.
+
+    Parameters
+    ----------
+    suite
+        The suite's file. Scores are kept in suite_scores.jsonl of $PRUNETUNE_HOME, or of the cache folder.
+    """
+    from json import dumps
+
+    from prunetune.evaluation.suites.score_history import read_scores, render_history
+
+    versions = read_scores(suite)
+    _print(dumps([scored.to_dict() for scored in versions], indent=1) if json else render_history(suite, versions))
 
 
 @app.command

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunetune.evaluation.drift_results import drift_verdict
-from prunetune.evaluation.results import Evaluation, headline_metric, recovery
+from prunetune.evaluation.results import Evaluation, headline_metric
 from prunetune.manifest import BudgetFacts, LimitFacts, LimitsFacts, Manifest, ValidationFacts
-from prunetune.report.speed import interleaved_ratio, separate_ratio
+from prunetune.report.run_folder import read_run
+from prunetune.report.scores import headline_table
+from prunetune.report.speed import speedup, speedup_text
 from prunetune.report.summary import share_saved
 from prunetune.utils.tables import table_lines
 
@@ -35,18 +37,14 @@ def render_run(folder: Path) -> str:
         *_drift_lines(folder / "evaluation" / "drift.json"),
     ]
     paths = (f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}")
-    return "\n".join([*lines, "", *_score_table_lines(folder), "", *paths])
+    headings, rows = headline_table(read_run(folder).evaluations)
+    return "\n".join([*lines, "", *table_lines(headings, rows), "", *paths])
 
 
 def _speed_lines(manifest: Manifest) -> list[str]:
-    """Speed and speed-up over the dense model: interleaved measurements, if the run made them, and separate ones."""
-    turns = {kind: interleaved_ratio(manifest, kind) for kind in ("throughput", "prefill", "decode")}
-    lines = [f"{f'{kind} in turns':<19} {times}" for kind, times in turns.items() if times]
-    for kind in ("prefill", "decode"):
-        if times := separate_ratio(manifest, kind):
-            before, after = (model.tokens_per_s(kind) for model in (manifest.speed.dense, manifest.speed.pruned))
-            lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  {times}")
-    return lines
+    """Speed-up over the dense model, both measured in turns."""
+    texts = {kind: speedup_text(speedup(manifest, kind)) for kind in ("throughput", "prefill", "decode")}
+    return [f"{f'{kind} in turns':<19} {text}" for kind, text in texts.items() if text]
 
 
 def _drift_lines(file: Path) -> list[str]:
@@ -91,7 +89,7 @@ def _render_sizes(folder: Path, manifest: Manifest) -> str:
         if own.pruned.params is None:
             rows.append((Path(size).name, "not made"))
             continue
-        speed = str(interleaved_ratio(own, "throughput") or "–")
+        speed = speedup_text(speedup(own, "throughput")) or "–"
         params = f"{own.pruned.params / 1e6:,.1f} M"
         scores = _format_mean_scores(folder / size / "evaluation" / "pruned.json")
         rows.append((Path(size).name, params, speed, scores, str(folder / size / "model")))
@@ -108,27 +106,3 @@ def _format_mean_scores(file: Path) -> str:
 
 def _millions(dense: int | None, pruned: int | None) -> str:
     return f"{dense / 1e6:,.1f} M -> {pruned / 1e6:,.1f} M" if dense and pruned else "not known"
-
-
-def _score_table_lines(folder: Path) -> list[str]:
-    """Each task's headline score of every model evaluated, and the share that the pruned one keeps of the reference.
-
-    The reference is the dense tuned model, or the dense model where none was tuned.
-    """
-    files = {name: folder / "evaluation" / f"{name}.json" for name in ("pruned", "tuned", "dense")}
-    evaluations = {
-        name: Evaluation.from_json(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()
-    }
-    reference = evaluations.get("tuned", evaluations.get("dense"))
-    rows = []
-    for task, result in evaluations["pruned"].tasks.items():
-        metric = headline_metric(result)
-        scores = {name: evaluation.tasks[task].scores[metric] for name, evaluation in evaluations.items()}
-        share = recovery(result.scores[metric], reference.tasks[task].scores[metric], metric) if reference else 0.0
-        shown = f"{100 * share:.0f}%" if math.isfinite(share) else "–"  # of a reference of 0
-        pruned, *others = (f"{score.value:.3f} ±{score.se:.3f}" for score in scores.values())
-        rows.append((task, metric, pruned, shown, *others))
-    titles = {"tuned": ">dense tuned", "dense": ">dense"}
-    recovered = ">recovery" if "tuned" in evaluations else ">of dense"
-    others = [title for name, title in titles.items() if name in evaluations]
-    return table_lines(("task", "metric", ">pruned", recovered, *others), rows)

@@ -33,11 +33,11 @@ def render_sites(
     `measure` times the device for a latency table, where none is kept. Raises `PlanError` where layout uniform could
     not be written for this architecture.
     """
-    from prunetune.cost.parameters import prunable_params
-    from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+    from prunetune.export.checkpoint import kv_groups_validator, mlp_width_option
     from prunetune.model.loading import load_meta_model, pick_device
-    from prunetune.pipeline.budget_preview import budget_table_lines
+    from prunetune.pipeline.plan_constraints import budget_table_lines
     from prunetune.pruning.sites import find_sites
+    from prunetune.pruning.units import prunable_params
     from prunetune.search.plan_rules import PlanConstraints, default_align
     from prunetune.search.select import min_feasible_keep
 
@@ -68,7 +68,7 @@ def render_sites(
 
 def _site_rows(sites: Sequence[Site], constraints: PlanConstraints) -> list[tuple[str, ...]]:
     """One row for all sites that are alike."""
-    from prunetune.cost.parameters import prunable_params
+    from prunetune.pruning.units import prunable_params
     from prunetune.search.plan_rules import min_width
 
     alike = Counter(
@@ -116,7 +116,7 @@ def _other_unit_lines(meta_model: Any, units: Sequence[str]) -> list[str]:
 
 def _preview_lines(meta_model: Any, prunable_params: int, total_params: int, smallest_keep: float) -> list[str]:
     """Size and best possible speed-up at some shares; no speed-up of mixtures, where few experts see a token."""
-    from prunetune.pipeline.budget_preview import PREVIEW_SHARES, ParamCounts, preview_budget
+    from prunetune.pipeline.plan_constraints import PREVIEW_SHARES, ParamCounts, preview_budget
 
     embedding, head = meta_model.get_input_embeddings().weight, meta_model.get_output_embeddings().weight
     dense = ParamCounts(total_params, prunable_params, 0 if head is embedding else embedding.numel(), head.numel())
@@ -142,15 +142,14 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     Writes nothing but a latency table into the cache, where a budget needs one. Raises what the run would raise.
     """
     from prunetune.model.loading import load_meta_model
-    from prunetune.pipeline.budget_preview import budget_table_lines, budget_usage_lines
     from prunetune.pipeline.monitor import make_monitor
+    from prunetune.pipeline.plan_constraints import budget_table_lines, budget_usage_lines
     from prunetune.pipeline.prepare import disk_bytes_needed, prepare
     from prunetune.pipeline.time_estimate import describe_time
     from prunetune.pruning.units import kept_params
     from prunetune.pruning.vocabulary import prune_model
     from prunetune.runs.trackers import require_trackers
-    from prunetune.search.feasibility import uniform_scores
-    from prunetune.search.select import select
+    from prunetune.search.select import select, uniform_scores
     from prunetune.utils.console import make_console
 
     require_trackers(config.report_to)

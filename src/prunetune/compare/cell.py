@@ -22,7 +22,7 @@ from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
 from prunetune.evaluation.scoring_mode import context_length
-from prunetune.export.gguf.rounding import rounded_as_stored
+from prunetune.export.gguf.tensors import rounded_as_stored
 from prunetune.export.quantize import SCHEMES, rounded_as_quantized
 from prunetune.model.loading import load_meta_model
 from prunetune.pipeline.plan_constraints import make_plan_constraints
@@ -34,14 +34,14 @@ from prunetune.pruning.teacher_student_weights import unshare_weights
 from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.cuda_graphs import own_stream
+from prunetune.train.forward import Teacher, base_teacher
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import Passes, build_passes
 from prunetune.train.step_guard import StepGuard
-from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.utils import environment
+from prunetune.utils.determinism import derive_seed
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.seeds import derive_seed
 
 
 class Interrupted(Exception):

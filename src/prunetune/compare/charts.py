@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from prunetune.compare.methods import DENSE
 from prunetune.report import svg
+from prunetune.report.figures import WIDTH
+from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIGURE_WIDTH = 5.0  # inches
 MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -36,15 +35,6 @@ class MethodStyle:
 
 
 FIXED_STYLES = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
-
-
-@dataclass(frozen=True)
-class ComparisonChart:
-    """A drawn chart with its title and caption."""
-
-    title: str
-    svg_markup: Markup
-    caption: str
 
 
 def method_styles(methods: Sequence[str], reference: str) -> dict[str, MethodStyle]:
@@ -70,7 +60,7 @@ def legend(styles: Mapping[str, MethodStyle]) -> list[tuple[str, str, str]]:
 
 def draw_metric_chart(
     number: int, metric: str, label: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]
-) -> ComparisonChart | None:
+) -> ReportFigure | None:
     """One metric over the share that is removed; None if no row has the metric."""
     scored = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
     if not scored:
@@ -80,15 +70,15 @@ def draw_metric_chart(
     markup = svg.render_svg(
         f"compare-{number}",
         f"{label} by share removed; the tables below have the numbers",
-        FIGURE_WIDTH,
+        WIDTH,
         3.0 if several_sizes else 0.7 + 0.24 * len(scored),
         lambda figure: draw(figure, metric, scored, styles),
     )
     better = "Higher is better" if metric.startswith(("acc", "rouge_l")) else "Lower is better"
-    return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
+    return ReportFigure(label, markup, note=f"{better}. Bars: one standard error over items.")
 
 
-def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> list[ComparisonChart]:
+def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> list[ReportFigure]:
     """Mean loss over the bytes of the weights, and over the time of a token: a chart for each runtime and device."""
     points: dict[tuple[str, str, str], list[tuple[float, JsonObject]]] = {}  # (title, axis, caption) -> (cost, row)
     for row in (row for row in rows if row["scores"].get("nll", {}).get("value") is not None):
@@ -104,9 +94,9 @@ def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyl
     for number, ((title, label, caption), costs) in enumerate(points.items()):
         draw = partial(_draw_costs, label=label, points=costs, styles=styles)
         spoken = f"{title}; the tables below have the numbers"
-        markup = svg.render_svg(f"compare-cost-{number}", spoken, FIGURE_WIDTH, 3.0, draw)
+        markup = svg.render_svg(f"compare-cost-{number}", spoken, WIDTH, 3.0, draw)
         caption += "Lower and further left is better. Bars: one standard error over items."
-        charts.append(ComparisonChart(title, markup, caption))
+        charts.append(ReportFigure(title, markup, note=caption))
     return charts
 
 

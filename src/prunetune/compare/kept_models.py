@@ -30,15 +30,14 @@ from prunetune.export.formats import export_run
 from prunetune.export.quantize import SCHEMES
 from prunetune.export.result import ExportOptions
 from prunetune.export.selfcheck import compute_logits
-from prunetune.pipeline.finish import CutModel, check_tokens, write_and_check
+from prunetune.pipeline.finish import ExpectedModel, check_tokens, write_and_check
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.recording import record_origin
 from prunetune.pipeline.requirements import gain_bench_options
 from prunetune.pipeline.stages import evaluate_models
 from prunetune.plan import Plan
-from prunetune.pruning.cut import cut_linears
+from prunetune.pruning.cut import cut_linears, remove_layers
 from prunetune.pruning.units import dense_plan
-from prunetune.pruning.whole_blocks import remove_layers
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.utils.files import PARTIAL, write_text
 from prunetune.utils.json_lines import JsonObject
@@ -142,7 +141,7 @@ class KeptModels:
         expected = compute_logits(model.float(), tokens)
         create_run_folder(context.folder, config)
         record_origin(context, "")
-        write_and_check(context, CutModel(model.to(context.dtype), context.dtype, expected), plan, tokens)
+        write_and_check(context, ExpectedModel(model.to(context.dtype), context.dtype, expected), plan, tokens)
         return context
 
     def _weights(self, cell: str) -> Path:

@@ -66,6 +66,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         cost_rows=cost_rows(rows),
         times=markdown.TIMES if any(row.get("speed") for row in rows) else (),
         timing_notes=dict.fromkeys(markdown.timing_notes(rows)),
+        rates=[_rate_row(trial) for trial in comparison["rates"]],
         any_concurrent=any(row["crowded"] for row in rows),
         command=manifest.command or "",
         environment=_environment_rows(manifest),
@@ -114,6 +115,11 @@ def cost_rows(rows: Sequence[JsonObject]) -> list[JsonObject]:
     """The rows of each method and size that has scores, once."""
     unique = {(row["method"], row["kept"]): row for row in reversed(rows) if row["cost_seconds"] is not None}
     return list(reversed(unique.values()))
+
+
+def _rate_row(trial: JsonObject) -> tuple[str, str, str, str]:
+    chosen = "chosen" if trial["chosen"] else "–"
+    return trial["method"], f"{trial['learning_rate']:g}", formatting.decimal(trial["valid_nll"]), chosen
 
 
 def _environment_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from prunetune.compare.table import aggregate, smallest_file
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
-from prunetune.export.gguf.mixes import MIXES, require_library
+from prunetune.export.gguf.tensors import MIXES, require_library
 from prunetune.export.quantize import SCHEMES, require_scheme
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
@@ -36,13 +36,13 @@ from prunetune.pipeline.recording import record_origin
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock, write_recipe
 from prunetune.search.select import select
 from prunetune.utils import environment
-from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import require_disk_space, write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.redaction import SHOW_ALL
+from prunetune.utils.threads import CAPTURE_LOCK
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
             "5e-4, 1e-3, 2e-3, and a number in train.learning_rate"
         )
     methods = resolve_methods(config)
-    if config.budget.quality:
+    if config.budget.has_quality:
         raise ConfigError("budget.quality is found by a run, and a comparison fixes sizes: name them in compare.keeps")
     if config.budget.vocab != "off":
         raise ConfigError(

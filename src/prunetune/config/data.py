@@ -1,7 +1,5 @@
 """The options of the section data: where examples come from, what their columns mean, and how they are split."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

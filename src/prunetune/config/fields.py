@@ -1,7 +1,5 @@
 """Options as dataclass fields: each holds type, default, help and bounds, by which values are read and checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math
@@ -136,8 +134,17 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            text = shorten(str(key))
-            raise ConfigError(f"{where}: unknown key {prefix}{text}{_suggest_key(prefix, text, root)}")
+            # The option probably meant, the section it belongs to, or all keys there.
+            text, known = shorten(str(key)), list(fields_by_path(root))
+            close = [path for path in known if path.rpartition(".")[2] == text]
+            close = close or similar_names(prefix + text, known, at_most=1)
+            paths = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
+            hint = f"known are {', '.join(prefix + name for name in paths)}"
+            if close and close[0] == text:
+                hint = f"write {text.rpartition('.')[2]} under {text.rpartition('.')[0]}:"
+            elif close:
+                hint = f"did you mean {close[0]}?"
+            raise ConfigError(f"{where}: unknown key {prefix}{text}; {hint}")
     given = {}
     for item in dataclasses.fields(cls):
         name = item.name
@@ -148,19 +155,6 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
         else:
             given[name] = _value(item, kinds[name], values[name], f"{where}: {prefix}{name}")
     return cls(**given)
-
-
-def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:
-    """How an unknown key ends its error: the option probably meant, the section it belongs to, or all keys there."""
-    known = list(fields_by_path(root))
-    close = [path for path in known if path.rpartition(".")[2] == key]
-    close = close or similar_names(prefix + key, known, at_most=1)
-    if close and close[0] == key:
-        return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
-    if close:
-        return f"; did you mean {close[0]}?"
-    names = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
-    return f"; known are {', '.join(prefix + name for name in names)}"
 
 
 def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
@@ -184,7 +178,12 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
     if item.metadata["parse"] is not None:
         return item.metadata["parse"](value, name)
     if typing.get_origin(kind) is Literal:
-        return _choice(typing.get_args(kind), value, name)
+        allowed = typing.get_args(kind)
+        value = ("on" if value else "off") if isinstance(value, bool) else value  # how YAML reads a bare on or off
+        if value in allowed:
+            return str(value)
+        hint = did_you_mean(shorten(str(value)), allowed)
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}{hint and f'; {hint}'}")
     if item.metadata["accepts_number"] and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if kind is float:
@@ -193,17 +192,12 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
         expected = {int: "a whole number", str: "text", bool: "true or false"}.get(kind, str(kind))
         raise ConfigError(f"{name} must be {expected}, got {short_repr(value)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        _check_bounds(item.metadata, value, name)
+        low, high, above = (item.metadata[bound] for bound in ("ge", "le", "gt"))
+        if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
+            left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
+            right = f"{high:g}]" if high is not None else "inf)"
+            raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
     return value
-
-
-def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
-    if isinstance(value, bool):
-        value = "on" if value else "off"  # how YAML reads a bare on or off
-    if value in allowed:
-        return str(value)
-    hint = did_you_mean(shorten(str(value)), allowed)
-    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}{hint and f'; {hint}'}")
 
 
 def parse_number(value: Any, name: str) -> float:
@@ -215,14 +209,6 @@ def parse_number(value: Any, name: str) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be a finite number, got {short_repr(value)}")
     return number
-
-
-def _check_bounds(bounds: Mapping[str, Any], value: float, name: str) -> None:
-    low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
-    if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
-        left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
-        right = f"{high:g}]" if high is not None else "inf)"
-        raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
 
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:

@@ -3,13 +3,11 @@
 An amount is written as text, so that a budget is one flag or one entry of a recipe: `0.6`, `60%`, `1.5GB`, `25ms`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from prunetune.errors import ConfigError
 from prunetune.utils.untrusted import short_repr
@@ -39,39 +37,33 @@ class Amount:
     is_share: bool
 
     @classmethod
-    def parse(cls, text: str, kind: str) -> Amount:
+    def parse(cls, text: str, kind: str) -> Self:
         """Read an amount; a number without a unit is a share. Raises `ConfigError`."""
         match = AMOUNT_PATTERN.fullmatch(text.strip())
-        value = float(match["number"]) if match else math.nan
-        scale = _parse_unit(match["unit"], kind) if match else None
+        value, unit = (float(match["number"]), match["unit"]) if match else (math.nan, "")
+        is_share = unit in ("", "x", "%")
+        factor = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower(), math.nan)
+        amount = value * ((0.01 if unit == "%" else 1.0) if is_share else factor)
         share = "1.5x, of the dense model's" if kind == "throughput" else "0.6 or 60%, of the dense model's"
-        if scale is None or not math.isfinite(value * scale[0]) or value <= 0:
+        if not math.isfinite(amount) or value <= 0:
             raise ConfigError(
                 f"budget.{kind}: {short_repr(text)} is no amount above 0; write {EXAMPLES[kind]}, or {share}"
             )
-        if scale[1] and (value * scale[0] > 1) != (kind == "throughput") and value * scale[0] != 1:
+        if is_share and (amount > 1) != (kind == "throughput") and amount != 1:
             raise ConfigError(
                 f"budget.{kind}: {short_repr(text)} is no share of the dense model's that makes it smaller or faster: "
                 f"write {share}, or give a unit, as in {EXAMPLES[kind]}"
             )
-        if match and not match["unit"] and value > MAX_PLAUSIBLE_SPEEDUP:
+        if not unit and value > MAX_PLAUSIBLE_SPEEDUP:
             raise ConfigError(
                 f"budget.{kind}: {short_repr(text)} alone would be {value:g} times the dense model's: "
                 f"write {value:g}/s for tokens a second, or {value:g}x"
             )
-        return cls(value * scale[0], scale[1])
+        return cls(amount, is_share)
 
     def resolve(self, dense: float) -> float:
         """The amount in its own unit, for a dense model that costs `dense`."""
         return self.value * dense if self.is_share else self.value
-
-
-def _parse_unit(unit: str, kind: str) -> tuple[float, bool] | None:
-    """The factor of a unit, and whether it marks a share; None for a unit that this kind of budget does not have."""
-    if unit in ("", "x", "%"):
-        return (0.01 if unit == "%" else 1.0), True
-    factor = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower())
-    return None if factor is None else (factor, False)
 
 
 def parse_vocab_size(value: Any, name: str) -> str:
@@ -91,18 +83,20 @@ def parse_vocab_size(value: Any, name: str) -> str:
 
 def format_amount(value: float, kind: str, digits: int = 4) -> str:
     """An amount as text, in the largest unit that fits and that `Amount.parse` reads."""
-    if kind == "throughput":
-        return f"{value:.{digits}g}/s"
-    names = DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
-    name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
-    return f"{value / UNITS[kind][name]:.{digits}g}{name}"
+    name, scale = _display_unit(value, kind)
+    return f"{value / scale:.{digits}g}{name}"
 
 
 def format_amount_rounded_to_limit(value: float, kind: str) -> str:
     """The same with five digits, rounded so that a limit on it is still met: down for a rate, up for all else."""
-    names = ("/s",) if kind == "throughput" else DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
-    name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
-    number = value / UNITS[kind][name]
+    name, scale = _display_unit(value, kind)
+    number = value / scale
     step = 10.0 ** (math.floor(math.log10(number)) - 4) if number > 0 else 1.0
     whole = math.floor(number / step * (1 - 1e-9)) if kind == "throughput" else math.ceil(number / step * (1 + 1e-9))
     return f"{whole * step:.10g}{name}"
+
+
+def _display_unit(value: float, kind: str) -> tuple[str, float]:
+    names = ("/s",) if kind == "throughput" else DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
+    name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
+    return name, UNITS[kind][name]

@@ -20,7 +20,7 @@ from prunetune.config.fields import (
 )
 from prunetune.config.quantities import Amount, parse_vocab_size
 from prunetune.config.recipe_paths import start_from_recipe
-from prunetune.config.score_limits import normalize_limit
+from prunetune.config.score_limits import normalize_limit, normalize_quality_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
@@ -61,7 +61,8 @@ class BudgetConfig:
         0.0,
         "Quality to keep, as a share of the tuned dense model's: 0.98. The run cuts a tenth at a time, judges each cut "
         "on valid once it has recovered, goes back one where the quality breaks, and tunes that model to the end; "
-        "budget.keep is then the smallest that is tried (default: 0.2). 0: no such limit.",
+        "budget.keep is then the smallest that is tried (default: 0.2). 0: no such limit. A mapping of "
+        "scores to absolute limits, {triage: 0.6, nll: 1.3}, becomes budget.quality_limits.",
         ge=0,
         le=1,
         flag_alias="--quality",
@@ -71,6 +72,13 @@ class BudgetConfig:
         "What budget.quality is of: nll (the mean loss of answers), tasks by name, or one metric of a task, such as "
         "triage.accuracy; default: the mean loss, and each task's accuracy or else loss.",
         entry_name="name",
+    )
+    quality_limits: tuple[str, ...] = option(
+        (),
+        "Absolute limits, judged as budget.quality is, beside it or instead of it: triage=0.6 (the least accuracy of a "
+        "task), triage.nll=1.2 (its highest loss), accuracy=0.7 and nll=1.3 (means over tasks).",
+        parse=normalize_quality_limit,
+        entry_name="limit",
     )
     sizes: tuple[float, ...] = option(
         (), "Smaller budgets of one run, each model nested in the one before; budget.keep may name all.", gt=0, le=1
@@ -138,6 +146,11 @@ class BudgetConfig:
                 "before: list them in that order, each once"
             )
         check_distinct_names("budget.keep", self.keeps)
+
+    @property
+    def has_quality(self) -> bool:
+        """Whether the run looks for the smallest model that keeps a quality."""
+        return bool(self.quality or self.quality_limits)
 
     def amounts(self) -> dict[str, Amount]:
         """The budgets of other kinds than `keep` that are given; raises `ConfigError` for what is no amount."""
@@ -421,13 +434,13 @@ class RunConfig:
             self._validate_sizes()
         if self.budget.quality_of and not self.budget.quality:
             raise ConfigError("budget.quality_of says what budget.quality is of: set budget.quality, such as 0.98")
-        if self.budget.quality and self.search.method == "generator":
+        if self.budget.has_quality and self.search.method == "generator":
             raise ConfigError("budget.quality is found cut by cut: leave search.method at progressive")
 
     def _validate_sizes(self) -> None:
         """Raise `ConfigError` for options that exclude several sizes."""
         more, shares = len(self.budget.sizes), self.train.size_share
-        if self.budget.quality:
+        if self.budget.has_quality:
             raise ConfigError("budget.quality finds one size itself: leave budget.sizes out, or budget.quality")
         if not 0 < len(shares) <= more:
             raise ConfigError(f"train.size_share has {len(shares)} numbers for {more} further sizes: give 1 to {more}")
@@ -494,8 +507,12 @@ def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The section `budget` with one number under `keep`: of several the largest, the others become `sizes`.
 
     Where only budgets of other kinds are given, `keep` is 1: they alone limit the model. Where only a quality is, it is
-    the smallest share that is tried.
+    the smallest share that is tried. A mapping under `quality` becomes `quality_limits`.
     """
+    if isinstance(limits := budget.get("quality"), Mapping):
+        more = budget.get("quality_limits") or []
+        named = [f"{name}={value}" for name, value in limits.items()]
+        budget = {**budget, "quality": 0.0, "quality_limits": [*named, *([more] if isinstance(more, str) else more)]}
     keep = budget.get("keep")
     shares = [share.strip() for share in keep.split(",")] if isinstance(keep, str) else keep
     if isinstance(shares, list):
@@ -507,6 +524,6 @@ def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return {**budget, "keep": keeps[0], "sizes": keeps[1:]}
     if "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
         return {**budget, "keep": 1.0}
-    if "keep" not in budget and budget.get("quality"):
+    if "keep" not in budget and (budget.get("quality") or budget.get("quality_limits")):
         return {**budget, "keep": QUALITY_FLOOR}
     return budget

@@ -1,7 +1,5 @@
 """Paths that a recipe names start from the recipe's folder; those of the command line from the working folder."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import os
@@ -30,8 +28,11 @@ def start_from_recipe(cls: type[Any], values: Mapping[str, Any], recipe: Path, *
     """
     folder, result = recipe.parent, dict(values)
     is_saved = recipe.name == "config.yaml" and (folder / "manifest.json").exists()
-    if is_saved:
-        folder = _folder_begun_in(folder)
+    if is_saved:  # the working folder of the command that made it, by its manifest; ours, where it does not say
+        run, folder = folder, Path()
+        with suppress(OSError, ValueError, AttributeError, TypeError):  # whatever a damaged manifest holds
+            begun_in = parse_json(read_text(run / "manifest.json")).get("begun_in")
+            folder = Path(os.path.relpath(os.path.realpath(run / begun_in)))
     if not recipe.is_file() or folder.resolve() == Path.cwd():
         return result
     for option, item in fields_by_path(cls).items():
@@ -48,14 +49,6 @@ def start_from_recipe(cls: type[Any], values: Mapping[str, Any], recipe: Path, *
         if name in section:
             section[name] = _rebased(section[name], folder, option, is_saved=is_saved)
     return result
-
-
-def _folder_begun_in(run: Path) -> Path:
-    """The working folder of the command that made a run folder, by its manifest; ours, where it does not say."""
-    with suppress(OSError, ValueError, AttributeError, TypeError):  # whatever a damaged manifest holds
-        begun_in = parse_json(read_text(run / "manifest.json")).get("begun_in")
-        return Path(os.path.relpath(os.path.realpath(run / begun_in)))
-    return Path()
 
 
 def _rebased(value: Any, folder: Path, option: str, *, is_saved: bool) -> Any:

@@ -3,13 +3,11 @@
 It is written as text, so that it is one flag or one entry of a recipe: `guard.perplexity <= 1.5x -> roll-back`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from prunetune.config.quantities import NUMBER
 from prunetune.errors import ConfigError
@@ -21,6 +19,7 @@ LIMITABLE_METRICS = (
     "valid.nll", "valid.perplexity", "valid.accuracy", "guard.nll", "guard.perplexity", "guard.accuracy",
 )  # fmt: skip
 QUALITY = "valid.quality"  # of `budget.quality`: what is kept of the tuned dense model's scores
+STAGE_SCORE = "quality."  # in front of the scores that `budget.quality_limits` names
 LIMIT_PATTERN = re.compile(
     rf"(?P<metric>[\w.]+)\s*(?P<side><=|>=)\s*(?P<value>{NUMBER})(?P<relative>x?)\s*->\s*(?P<action>[\w-]+)"
 )
@@ -37,8 +36,20 @@ class ScoreLimit:
     is_relative: bool
     action: LimitAction
 
+    @property
+    def is_of_stages(self) -> bool:
+        """Whether it holds for a stage that is tuned to its end, and not for every validation."""
+        return self.metric == QUALITY or self.metric.startswith(STAGE_SCORE)
+
     @classmethod
-    def parse(cls, text: str) -> ScoreLimit:
+    def of_stages(cls, text: str) -> Self:
+        """The limit of an entry of `budget.quality_limits`, as `normalize_quality_limit` gives it."""
+        name, _, value = text.rpartition("=")
+        lower_is_better = name.rpartition(".")[2] == "nll"
+        return cls(f"{STAGE_SCORE}{name}", "<=" if lower_is_better else ">=", float(value), False, "roll-back")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
         """Read a limit from the text that `str` gives; raises `ConfigError`."""
         match = LIMIT_PATTERN.fullmatch(text.strip())
         if match is None or not math.isfinite(float(match["value"])):
@@ -93,3 +104,16 @@ def normalize_limit(entry: Any, name: str = "limits") -> str:
         f"{name}: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {short_repr(entry)}: "
         "correct it"
     )
+
+
+def normalize_quality_limit(entry: Any, name: str = "budget.quality_limits") -> str:
+    """NAME=VALUE of a score and its limit; a task alone is its accuracy. Raises `ConfigError`."""
+    score, equals, value = str(entry).rpartition("=")
+    score = score.strip()
+    if not (score and equals and re.fullmatch(NUMBER, value.strip()) and math.isfinite(float(value))):
+        raise ConfigError(
+            f"{name}: {short_repr(entry)} is no limit; write a score and its value such as triage=0.6 (accuracy), "
+            "triage.nll=1.2, or accuracy=0.7 and nll=1.3 (means over tasks)"
+        )
+    is_metric = score.rpartition(".")[2] in ("accuracy", "nll")
+    return f"{score if is_metric else f'{score}.accuracy'}={float(value):g}"

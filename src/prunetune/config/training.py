@@ -1,7 +1,5 @@
 """The options of the sections train, lora, distill and search; data.py has those of data, recipe.py all others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """YAML that others wrote: safe-loaded within bounds, without repeated keys, with errors in one line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Every cost is a fixed part plus a sum over layers, and a layer's cost is a funct
 linear, and never falls as more units are kept. (Measured seconds, in `latency_table`, may fall where hardware does.)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol

@@ -4,8 +4,6 @@ All of it is read from the model's modules, which may be on the meta device. `Un
 as `Plan.widths()` returns them; sites inside a removed unit keep zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +108,19 @@ class ModelShape:
 
 def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
     """Read the shape of a causal language model of `transformers`, which may be on the meta device."""
-    architecture, windows = architecture_info(model), sliding_windows(model)
+    architecture = architecture_info(model)
+    # Tokens that the cache of each layer holds at most, as `transformers` makes it; 0: all.
+    cache, count = DynamicCache(config=model.config), model.config.get_text_config().num_hidden_layers
+    windows = [int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers]
+    windows = windows if len(windows) == count else [0] * count
     embedding, lm_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     layers = {}
     for index, prefix in enumerate(architecture.layer_prefixes):
         layer_sites = [site for site in sites if site.layer == index]
+        groups = next((site for site in layer_sites if site.kind is UnitKind.KV_GROUP), None)
+        attention = model.get_submodule(groups.name).parameters() if groups else ()
+        owned = sum(site.params for site in layer_sites if site.kind.is_head) if groups else 0
+        other_params = sum(parameter.numel() for parameter in attention) - owned  # such as norms of queries and keys
         layers[index] = LayerShape(
             sites=tuple(layer_sites),
             linears=tuple(_linear_shapes(model, prefix, layer_sites)),
@@ -122,7 +128,7 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
             queries_per_kv_head=architecture.layer_heads[index].queries_per_kv_head,
             head_dim=architecture.layer_heads[index].head_dim,
             sliding_window=windows[index],
-            other_attention_params=_other_attention_params(model, layer_sites),
+            other_attention_params=other_params,
             enclosing_sites=tuple(site.name for site in layer_sites if site.kind.removes_attention),
         )
     all_params = sum(parameter.numel() for parameter in model.parameters())
@@ -137,13 +143,6 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
     )
 
 
-def sliding_windows(model: Any) -> list[int]:
-    """Tokens that the cache of each layer holds at most, as `transformers` makes it; 0: all."""
-    cache, layers = DynamicCache(config=model.config), model.config.get_text_config().num_hidden_layers
-    windows = [int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers]
-    return windows if len(windows) == layers else [0] * layers
-
-
 def _linear_shapes(model: nn.Module, prefix: str, sites: Sequence[Site]) -> Iterator[LinearShape]:
     for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
         if isinstance(module, nn.Linear | Conv1D):
@@ -156,23 +155,11 @@ def _linear_shapes(model: nn.Module, prefix: str, sites: Sequence[Site]) -> Iter
                 )
                 for axis in (ROWS, COLUMNS)
             )
-            enclosing = tuple(site.name for site in sites if site.kind.is_whole_block and _contains(site, name))
+            enclosing = []
+            for site in sites:
+                linears = site.weights.block_linears
+                is_inside = name in linears if linears else name.startswith(f"{site.name.partition(':')[0]}.")
+                if site.kind is UnitKind.LAYER or (site.kind.is_whole_block and is_inside):
+                    enclosing.append(site.name)
             rows, columns = axis_size(module, ROWS), axis_size(module, COLUMNS)
-            yield LinearShape(rows, columns, row_owners, column_owners, enclosing)
-
-
-def _contains(site: Site, name: str) -> bool:
-    """Whether a whole block contains a linear."""
-    linears = site.weights.block_linears
-    if site.kind is UnitKind.LAYER or name in linears:
-        return True
-    return not linears and name.startswith(f"{site.name.partition(':')[0]}.")
-
-
-def _other_attention_params(model: nn.Module, sites: Sequence[Site]) -> int:
-    """Parameters in the attention module that no unit owns, such as norms of queries and keys."""
-    groups = next((site for site in sites if site.kind is UnitKind.KV_GROUP), None)
-    if groups is None:
-        return 0
-    all_params = sum(parameter.numel() for parameter in model.get_submodule(groups.name).parameters())
-    return all_params - sum(site.params for site in sites if site.kind.is_head)
+            yield LinearShape(rows, columns, row_owners, column_owners, tuple(enclosing))

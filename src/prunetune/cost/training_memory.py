@@ -5,12 +5,10 @@ layer with RMSNorm-like norms and frozen linears with adapters. Kernel workspace
 CUDA process (about half a GB) are not counted. `docs/scaling.md` compares estimates with measurements.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -36,14 +34,14 @@ class AdaptedLinear:
     rows: int
     columns: int
     cut_axis: int  # the axis that a cut shortens
-    can_share: bool = True  # whether its cut weight can be a view of a teacher's, see `pruning.shared_weights`
+    can_share: bool = True  # whether its cut weight can be a view of a teacher's, see `pruning.teacher_student_weights`
 
     @property
     def weight_count(self) -> int:
         """Weights without the bias."""
         return self.rows * self.columns
 
-    def after_cut(self, keep: float) -> AdaptedLinear:
+    def after_cut(self, keep: float) -> Self:
         """The linear after a plan that keeps this share of every site."""
         if self.cut_axis == ROWS:
             return replace(self, rows=round(keep * self.rows))
@@ -151,7 +149,14 @@ def training_setup(config: RunConfig, dtype: torch.dtype, *, longest: int, all_w
 
 def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: TrainingPhase) -> TrainingMemory:
     """Peak memory of a phase. Before the first cut, adapters that are only scored have no gradient and no moments."""
-    teacher = _teacher_bytes(shapes, setup, phase)
+    teacher = 0  # weights that it does not share with the student, and layers' outputs
+    if setup.teacher and (setup.is_cut(phase) or not setup.teacher_is_base):
+        teacher = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
+        if not setup.teacher_is_base:
+            teacher += setup.dtype_bytes * shapes.other_params
+        elif not setup.all_weights:
+            shared = [linear.after_cut(setup.keep) for linear in shapes.linears if linear.can_share]
+            teacher -= sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shared)
     teacher += 2 * setup.tokens * shapes.layers * shapes.hidden_size * setup.dtype_bytes * setup.distills_hidden
     if setup.is_cut(phase):
         linears = tuple(linear.after_cut(setup.keep) for linear in shapes.linears)
@@ -162,7 +167,23 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
     adapter_params = setup.rank * sum(linear.rows + linear.columns for linear in shapes.linears)
     adapter_copies = 1 if phase == "scores" and not setup.is_cut(phase) else 4  # with gradients and two moments
     generator_params = shapes.total_units * GENERATOR_FEATURES + GENERATOR_ENCODER_PARAMS
-    activations, recomputed_layer, dequantized = _activation_bytes(shapes, setup, is_merged=is_merged)
+    # What autograd keeps of one pass. The MLP keeps its activation of gate.
+    dtype_bytes, hidden = setup.dtype_bytes, setup.tokens * shapes.layers * shapes.hidden_size
+    produced = sum(linear.rows for linear in shapes.linears if linear.cut_axis == ROWS)  # q, k, v, gate, up
+    consumed = sum(linear.columns for linear in shapes.linears if linear.cut_axis == COLUMNS)  # by o and down
+    activations = setup.tokens * dtype_bytes * (produced + consumed + shapes.mlp_channels)
+    activations += 2 * hidden * (dtype_bytes + FP32_BYTES)  # of both norms: the input in float32, and the output
+    activations += 0 if is_merged else setup.tokens * dtype_bytes * setup.rank * len(shapes.linears)
+    # float32 weights that are multiplied in 16 bits: a copy for each product.
+    activations += dtype_bytes * (linear_params if is_merged else adapter_params) * (dtype_bytes < FP32_BYTES)
+    is_packed = setup.quantize != "off" and not is_merged
+    dequantized = max(linear.weight_count for linear in shapes.linears) * dtype_bytes * is_packed
+    recomputed_layer = 0
+    if setup.recompute:
+        # One layer is kept whole while its widest activations (gate, up, their product) have gradients, too.
+        widest = 3 * setup.tokens * dtype_bytes * shapes.mlp_channels
+        recomputed_layer = (activations + widest) // max(1, shapes.layers)
+        activations = dtype_bytes * hidden
     chunk = min(setup.tokens, max(1, LOGITS_PER_CHUNK // shapes.vocab_size)) * shapes.vocab_size
     # Log-softmax, its gradient and that of the logits; with a teacher also the teacher's and their difference.
     logits = chunk * FP32_BYTES * (5 if setup.teacher else 3)
@@ -174,38 +195,3 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
         passing=dequantized + max(recomputed_layer, logits),
         teacher=teacher,
     )
-
-
-def _teacher_bytes(shapes: TrainingShapes, setup: TrainingSetup, phase: TrainingPhase) -> int:
-    """Bytes of the teacher's weights that it does not share with the student."""
-    if not setup.teacher or (setup.teacher_is_base and not setup.is_cut(phase)):
-        return 0
-    dense = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
-    if not setup.teacher_is_base:
-        return dense + setup.dtype_bytes * shapes.other_params
-    shared = [linear.after_cut(setup.keep) for linear in shapes.linears if linear.can_share and not setup.all_weights]
-    return dense - sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shared)
-
-
-def _activation_bytes(shapes: TrainingShapes, setup: TrainingSetup, *, is_merged: bool) -> tuple[int, int, int]:
-    """Bytes that autograd keeps of one pass, of one layer that is recomputed, and of one dequantised linear."""
-    dtype_bytes, hidden = setup.dtype_bytes, setup.tokens * shapes.layers * shapes.hidden_size
-    produced = sum(linear.rows for linear in shapes.linears if linear.cut_axis == ROWS)  # q, k, v, gate, up
-    consumed = sum(linear.columns for linear in shapes.linears if linear.cut_axis == COLUMNS)  # by o and down
-    # The MLP keeps its activation of gate.
-    kept = setup.tokens * dtype_bytes * (produced + consumed + shapes.mlp_channels)
-    kept += 2 * hidden * (dtype_bytes + FP32_BYTES)  # of both norms: the input in float32, and the output
-    if is_merged:
-        trained = sum(linear.weight_count for linear in shapes.linears)
-    else:
-        kept += setup.tokens * dtype_bytes * setup.rank * len(shapes.linears)
-        trained = setup.rank * sum(linear.rows + linear.columns for linear in shapes.linears)
-    # float32 weights that are multiplied in 16 bits: a copy for each product.
-    kept += dtype_bytes * trained * (dtype_bytes < FP32_BYTES)
-    is_packed = setup.quantize != "off" and not is_merged
-    dequantized = max(linear.weight_count for linear in shapes.linears) * dtype_bytes * is_packed
-    if not setup.recompute:
-        return kept, 0, dequantized
-    # One layer is kept whole while its widest activations (gate, up, their product) have gradients, too.
-    layer = (kept + 3 * setup.tokens * dtype_bytes * shapes.mlp_channels) // max(1, shapes.layers)
-    return dtype_bytes * hidden, layer, dequantized

@@ -1,14 +1,12 @@
 """Chats as the tokenizer's chat template writes them, and the characters of them that carry loss."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from prunetune.data.records import REASONING_FIELDS, Message, Record, make_all
 from prunetune.errors import DataError
@@ -34,7 +32,7 @@ class Chat:
     source: str  # begins the message of a `DataError`
 
     @classmethod
-    def from_record(cls, record: Record, *, answered: bool) -> Chat:
+    def from_record(cls, record: Record, *, answered: bool) -> Self:
         """The messages of a record up to its answer, or with it; a prompt is one user message."""
         messages = record.messages or (Message("user", record.prompt),)
         if answered:
@@ -43,7 +41,7 @@ class Chat:
         turns = tuple(message.as_dict() for message in messages)
         return cls(turns, tools, tuple(message.has_loss for message in messages), record.source)
 
-    def without(self, field: str) -> Chat:
+    def without(self, field: str) -> Self:
         """The chat without its tools, a field of its messages, or the messages of a role."""
         kept = (message for message in self.messages if message["role"] != field)
         messages = ({key: value for key, value in message.items() if key != field} for message in kept)
@@ -72,7 +70,7 @@ class TurnEnd:
     lead: str  # what stands between a prompt and an answer without reasoning: an empty thought, or ""
 
     @classmethod
-    def of(cls, tokenizer: Any, source: str = "data.template") -> TurnEnd:
+    def of(cls, tokenizer: Any, source: str = "data.template") -> Self:
         """By an answer that is looked for in what the template writes; `source` begins the message of a `DataError`."""
         turns = ({"role": "user", "content": PROBE.title()}, {"role": "assistant", "content": PROBE})
         chat = Chat(turns, (), (), source)

@@ -4,8 +4,6 @@ The package simple-icd-10-cm contains the tabular list of the classification as 
 three-character code), so search, valid and test have only categories that tuning never sees.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 from prunetune.data.records import Record
@@ -99,8 +98,4 @@ def drop_ambiguous(terms: Iterator[InclusionTerm]) -> tuple[list[InclusionTerm],
 def split_of_category(category: str) -> str:
     """The split of a category, by its hash: it never changes."""
     point = int(hashlib.sha256(f"demo {SALT} {category}".encode()).hexdigest(), 16) % 100
-    for name, share in SHARES.items():
-        if point < share:
-            return name
-        point -= share
-    raise AssertionError("the shares add up to 100")
+    return next(name for name, end in zip(SHARES, accumulate(SHARES.values()), strict=True) if point < end)

@@ -4,8 +4,6 @@ Prompt and answer are tokenised separately, so that tuning and scoring split the
 template marks generations is tokenised as a whole, as TRL does.
 """
 
-from __future__ import annotations
-
 import logging
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -73,7 +71,12 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     limit = min(config.max_length or context_length, context_length)
     if limit < 2:
         raise DataError(f"data.max_length is {limit}: an example needs 2 tokens at least; raise it")
-    examples = _encode_untruncated(records, tokenizer, config)
+    is_chat = [record.kind == "chat" and uses_chat_template(record, config.template) for record in records]
+    chats = iter(_encode_chats(list(compress(records, is_chat)), tokenizer, config.loss))
+    pairs = iter(
+        _encode_pairs([row for row, chat in zip(records, is_chat, strict=True) if not chat], tokenizer, config)
+    )
+    examples = [next(chats if chat else pairs) for chat in is_chat]
     lengths = [len(example.token_ids) for example in examples]
     long = [index for index, length in enumerate(lengths) if length > limit]
     if long and config.too_long == "error":
@@ -87,14 +90,6 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
     within_limit = tuple(truncate_example(examples[index], limit, tokenizer.bos_token_id) for index in kept)
     return EncodedExamples(within_limit, tuple(kept), len(long), max(lengths, default=0))
-
-
-def _encode_untruncated(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
-    is_chat = [record.kind == "chat" and uses_chat_template(record, config.template) for record in records]
-    chats = iter(_encode_chats(list(compress(records, is_chat)), tokenizer, config.loss))
-    others = [record for record, chat in zip(records, is_chat, strict=True) if not chat]
-    pairs = iter(_encode_pairs(others, tokenizer, config))
-    return [next(chats if chat else pairs) for chat in is_chat]
 
 
 def _encode_pairs(records: Sequence[Record], tokenizer: Any, config: DataConfig) -> list[Example]:
@@ -239,12 +234,17 @@ def _tokenize_with_spans(
     """Token ids of each text, without special tokens around it, and its spans of characters as spans of tokens."""
     if not texts:
         return []
-    if not tokenizer.is_fast:  # it does not say where its tokens are
-        return [_tokenize_pieces(text, spans, tokenizer) for text, spans in texts]
+    results = []
+    if not tokenizer.is_fast:  # it does not say where its tokens are: pieces are tokenised one by one
+        for text, spans in texts:
+            edges = sorted({0, len(text), *chain.from_iterable(spans)})
+            pieces = _token_ids([text[start:end] for start, end in pairwise(edges)], tokenizer, special=False)
+            place = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
+            results.append((list(chain.from_iterable(pieces)), [(place[start], place[end]) for start, end in spans]))
+        return results
     encoded = tokenizer(
         [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    results = []
     for (_, spans), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
         token_spans = []
@@ -255,13 +255,6 @@ def _tokenize_with_spans(
             token_spans.append((bisect_right(ends, start), last))
         results.append((list(ids), token_spans))
     return results
-
-
-def _tokenize_pieces(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[Span]]:
-    edges = sorted({0, len(text), *chain.from_iterable(spans)})
-    pieces = _token_ids([text[start:end] for start, end in pairwise(edges)], tokenizer, special=False)
-    place = dict(zip(edges, accumulate(map(len, pieces), initial=0), strict=True))
-    return list(chain.from_iterable(pieces)), [(place[start], place[end]) for start, end in spans]
 
 
 def truncate_example(example: Example, limit: int, bos_id: int | None) -> Example:

@@ -1,7 +1,5 @@
 """File formats: numbered rows of JSON, JSON lines, CSV, Excel, Arrow and Parquet files, in any usual encoding."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -54,31 +52,16 @@ def _read_text(path: Path) -> str:
         text: str = data.decode(encoding)
     except UnicodeDecodeError as broken:
         line, byte = data[: broken.start].count(b"\n") + 1, data[broken.start]
-        if not _is_western_text(data):
+        # Not Windows-1252 if it is binary, UTF-8 but for some bytes, or mostly beyond ASCII.
+        is_binary = re.search(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d\xff]", data)
+        beyond_ascii = data.translate(None, bytes(range(128)))
+        if is_binary or len(beyond_ascii) > len(data) / 3 or not data.decode("utf-8", "ignore").isascii():
             told = "it is compressed: let its name end in .gz" if data[:2] == b"\x1f\x8b" else "save the file as UTF-8"
             raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); {told}") from None
         text = data.decode("cp1252")
         log.warning("%s: not UTF-8, read as Windows-1252: look at line %d", path, line)
     text = text.replace("\r\n", "\n")
     return text if "\n" in text else text.replace("\r", "\n")
-
-
-def _is_western_text(data: bytes) -> bool:
-    """Whether it can be Windows-1252: not if it is binary, UTF-8 but for some bytes, or mostly beyond ASCII."""
-    is_binary = re.search(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d\xff]", data)
-    beyond_ascii = data.translate(None, bytes(range(128)))
-    return not is_binary and len(beyond_ascii) <= len(data) / 3 and data.decode("utf-8", "ignore").isascii()
-
-
-def _parse_row(text: str, where: str) -> Any:
-    """The value of one line of JSON, or the error that says what is wrong with it."""
-    try:
-        return parse_json(text, nan=True, surrogates=True, unique_keys=True)
-    except json.JSONDecodeError as broken:
-        reason, quoted = f"{broken.msg}, column {broken.colno}", ""
-    except ValueError as broken:
-        reason = quoted = str(broken)
-    return DataError(f"{where}: not valid JSON ({reason}); each line holds one object", quoted=quoted)
 
 
 def _json(path: Path) -> NumberedRows:
@@ -96,8 +79,17 @@ def _json(path: Path) -> NumberedRows:
             raise DataError(f"{where}: not valid JSON ({reason}); {wanted}", quoted="" if at else str(reason)) from None
         # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, _parse_row(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line, nan=True, surrogates=True, unique_keys=True)
+            except ValueError as wrong:
+                reason = quoted = str(wrong)
+                if isinstance(wrong, json.JSONDecodeError):
+                    reason, quoted = f"{wrong.msg}, column {wrong.colno}", ""
+                advice = f"not valid JSON ({reason}); each line holds one object"
+                row = DataError(f"{path}:{number}: {advice}", quoted=quoted)
+            yield number, row
         return
     if isinstance(value, Mapping) and len(value) == 1 and not {"messages", "conversations"} & set(value):
         (inner,) = value.values()
@@ -115,19 +107,15 @@ def _without_field_limit() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _delimiter(text: str, suffix: str) -> str:
-    """What separates columns: the mark that makes most of them in the first line."""
-    first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
-    if len(first) == 5 and first.startswith("sep="):  # Excel's own
-        return first[4]
-    marks = "\t,;|" if suffix == ".tsv" else ",;\t|"
-    return max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), ())))
-
-
 def _csv(path: Path) -> NumberedRows:
     text = _read_text(path)
+    # What separates columns: the mark that makes most of them in the first line, or Excel's own "sep=".
+    first = next((line for line in re.split("[\n\r]", text) if line.strip()), "")
+    marks = "\t,;|" if data_suffix(path.name) == ".tsv" else ",;\t|"
     with _without_field_limit():
-        delimiter = _delimiter(text, data_suffix(path.name))
+        delimiter = max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), ())))
+    if len(first) == 5 and first.startswith("sep="):
+        delimiter = first[4]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     last = 0
@@ -196,14 +184,10 @@ def _filled_rows(sheet: Any) -> Iterator[tuple[int, list[str]]]:
         cells_read += len(cells)
         if line > MAX_SHEET_ROWS or cells_read > MAX_SHEET_CELLS:
             raise ValueError(f"more than {MAX_SHEET_ROWS:,} rows or {MAX_SHEET_CELLS:,} cells")
-        if any(texts := [_cell_text(cell) for cell in cells]):
+        # Excel has no other numbers than floats.
+        whole = (int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in cells)
+        if any(texts := ["" if cell is None else str(cell) for cell in whole]):
             yield line, texts
-
-
-def _cell_text(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # Excel has no other numbers
-    return "" if value is None else str(value)
 
 
 def _distinct(names: Iterable[str], path: Path) -> list[str]:

@@ -1,7 +1,5 @@
 """Records: one training or test example each, made from a row of any source with every field checked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -154,11 +152,15 @@ def record_from_row(
         fields = {key: value for key, value in row.items() if value is not None}
         if not is_typed:
             _check_answer_unambiguous(fields)
+        group = _name(fields, group_field, "") if group_field else ""
+        if group_field and group_required and not group:
+            advice = "add it, or set data.group to a field of every row"
+            raise DataError(f"row has no {group_field}, which data.group names; {advice}")
         return Record(
             **_content(fields),
             task=_name(fields, "task", task),
             id=_name(fields, "id", id),
-            group=_group(fields, group_field, needed=group_required),
+            group=group,
             source=source,
             weight=weight,
         )
@@ -324,13 +326,6 @@ def _name(fields: Mapping[str, Any], key: str, default: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return (_text(value, key) if value != "" else default) if isinstance(value, str) else _text(value, key)
-
-
-def _group(fields: Mapping[str, Any], key: str, *, needed: bool) -> str:
-    group = _name(fields, key, "") if key else ""
-    if key and needed and not group:
-        raise DataError(f"row has no {key}, which data.group names; add it, or set data.group to a field of every row")
-    return group
 
 
 def _text(value: Any, name: str, *, empty: bool = False) -> str:

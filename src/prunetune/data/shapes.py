@@ -4,8 +4,6 @@ A canonical row is {prompt, completion}, {prompt, choices, answer}, {messages, t
 checks what is in it. Columns are looked for in the order of the tables below, whatever their order in a file.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string
@@ -13,8 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.data.columns import ColumnMapping
 from prunetune.data.records import LOSS_FIELDS
+from prunetune.data.templates import ColumnMapping
 from prunetune.errors import DataError
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
@@ -103,8 +101,11 @@ def shape_row(row: Any, mapping: ColumnMapping | None = None, *, group_field: st
     if mapping and is_mapped:
         is_apart = mapping.texts["prompt"] not in own if "prompt" in rendered else is_apart
         shape, reads = "mapped", reads | {key: tuple(sorted(mapping.names[key])) for key in rendered}
-    if isinstance(canonical.get("prompt"), str) and not is_apart:
-        canonical["prompt"] = _with_line_end(canonical["prompt"], canonical.get("choices", canonical.get("completion")))
+    prompt, answer = canonical.get("prompt"), canonical.get("choices", canonical.get("completion"))
+    first = answer[0] if isinstance(answer, list) and answer else answer
+    is_spaced = isinstance(first, str) and first[:1].isspace()
+    if isinstance(prompt, str) and prompt and not (is_apart or prompt[-1].isspace() or is_spaced):
+        canonical["prompt"] = f"{prompt}\n"
     origins = ", ".join(f"{key} from {' + '.join(names)}" for key, names in reads.items() if names != (key,))
     choice = " (chosen is tuned on)" if shape == "preference" else ""
     return ShapedRow(kept | canonical, f"{shape} rows{choice}{origins and f'; {origins}'}", tuple(unused))
@@ -292,13 +293,6 @@ def _joined(fields: Fields, names: Collection[str]) -> Any:
     values = [fields[name] for name in names]
     texts = [value for value in values if not isinstance(value, str) or value.strip()]
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else values[-1]
-
-
-def _with_line_end(prompt: str, answer: Any) -> str:
-    """The prompt, with a line end where nothing else would stand between it and its answer."""
-    first = answer[0] if isinstance(answer, list) and answer else answer
-    is_apart = not prompt or prompt[-1].isspace() or (isinstance(first, str) and first[:1].isspace())
-    return prompt if is_apart else f"{prompt}\n"
 
 
 def _from_json(value: Any, name: str) -> Any:

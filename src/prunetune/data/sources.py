@@ -1,7 +1,5 @@
 """Sources of records: files, globs, data sets of the Hugging Face hub, and `demo`."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import math
@@ -10,15 +8,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from prunetune.config.recipe import DataConfig
 from prunetune.config.recipe_paths import MAX_DEEP_STARS
-from prunetune.data.columns import ColumnMapping
 from prunetune.data.demo import read_demo
 from prunetune.data.formats import COMPRESSED, READERS, TEXT_FORMATS, UNTYPED, data_suffix, without_nulls
 from prunetune.data.records import Record, record_from_row, unusable_rows
 from prunetune.data.shapes import ShapedRow, shape_row
+from prunetune.data.templates import ColumnMapping
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
 from prunetune.utils.redaction import SHOW_ALL, Redaction
@@ -52,7 +50,7 @@ class Source:
     weight: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str) -> Self:
         """Read a source and its weight: "a.jsonl*2" counts double. Raises `DataError`.
 
         A glob that ends in a number needs a weight of its own.
@@ -144,7 +142,10 @@ def read_records_with_notes(
         shapes[row.written][shaped.shape] += 1
         unused[row.written].update(shaped.unused if redaction.samples else ["other columns"] * bool(shaped.unused))
     if bad:
-        _refuse_or_drop(bad, len(records), config, split, redaction)
+        total = len(bad) + len(records)
+        if config.bad_rows == "error" or not records:
+            raise unusable_rows(bad, total, "; data.bad_rows=drop leaves such rows out" if records else "")
+        log.warning("data.%s leaves bad rows out: %s", split, redaction.message(unusable_rows(bad, total)))
     names = [name for counts in shapes.values() for name in counts]
     if mapping and split == "train" and names and not any(name.startswith("mapped") for name in names):
         raise DataError(
@@ -164,26 +165,19 @@ def _note(shapes: Counter[str], unused: Counter[str]) -> str:
     return "; ".join(parts)
 
 
-def _refuse_or_drop(
-    bad: Sequence[DataError], good: int, config: DataConfig, split: SplitName, redaction: Redaction
-) -> None:
-    """Log the rows that are left out, or raise `DataError`: how many, and what is wrong with the first ones."""
-    advice = "; data.bad_rows=drop leaves such rows out" if good else ""
-    if config.bad_rows == "error" or not good:
-        raise unusable_rows(bad, len(bad) + good, advice)
-    log.warning("data.%s leaves bad rows out: %s", split, redaction.message(unusable_rows(bad, len(bad) + good)))
-
-
 def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[SourceRow, ...]:
     """The rows of all sources, in order, with fields unchecked; see `read_records`."""
-    rows = tuple(
-        SourceRow(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
-        for row in _rows(sources, config, split)
-    )
+    rows = []
+    for row in _rows(sources, config, split):
+        if isinstance(row, Record):  # of the demo, as the row it would have been in a file
+            texts = {"prompt": row.prompt, "completion": row.completion}
+            fields = {**texts, "choices": list(row.choices), "answer": row.answer}
+            row = SourceRow(fields, row.source, row.id, row.task, row.weight)
+        rows.append(row)
     unreadable = next((row.fields for row in rows if isinstance(row.fields, DataError)), None)
     if unreadable is not None:
         raise unreadable
-    return rows
+    return tuple(rows)
 
 
 def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
@@ -192,21 +186,27 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
     # Test and general rows are scored side by side, so their files get names that differ.
     others = [Source.parse(text).path for text in (*config.test, *config.general) if split in ("test", "general")]
     siblings = {file for path in others if path != "demo" for file in _matching_files(path, config)}
-    tasks = _task_names(siblings.union(*files.values()))
+    names = {}  # of tasks: X/train.jsonl is task X, other files are named by their stem
+    for path in siblings.union(*files.values()):
+        folder = path.absolute().parent
+        stem = Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(stem) else (stem, folder.name)
+    folders = Counter(name for name, _ in set(names.values()))  # in several: the name of the folder comes in front
+    tasks = {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
     for source in parsed:
         if source.path == "demo":
             yield from read_demo(split, source.weight)
         elif files[source]:
             for path in files[source]:
-                yield from _file_rows(path, tasks[path], source)
+                task, suffix, is_empty = tasks[path], data_suffix(path.name), True
+                for line, row in READERS[suffix](path):
+                    is_empty, id = False, f"{task}/{path.name}:{line}"
+                    typed = suffix not in UNTYPED
+                    yield SourceRow(row, f"{path}:{line}", id, task, source.weight, typed, source.path)
+                if is_empty:
+                    raise DataError(f"{path}: empty; a data file needs at least one row")
         else:
             yield from _hub_rows(source, split)
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    """A record of the demo as the row it would have been in a file."""
-    texts = {"prompt": record.prompt, "completion": record.completion}
-    return {**texts, "choices": list(record.choices), "answer": record.answer}
 
 
 def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
@@ -233,85 +233,49 @@ def _has_reader(path: str) -> bool:
     return suffix in (TEXT_FORMATS if Path(path.lower()).suffix in COMPRESSED else READERS)
 
 
-def _task_names(paths: set[Path]) -> dict[Path, str]:
-    """{file: task}: X/train.jsonl is task X, other files are named by their stem.
-
-    Files of the same task in several folders get the name of the folder in front.
-    """
-    names = {}
-    for path in paths:
-        folder = path.absolute().parent
-        stem = Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
-        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(stem) else (stem, folder.name)
-    folders = Counter(name for name, _ in set(names.values()))
-    return {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
-
-
-def _file_rows(path: Path, task: str, source: Source) -> Iterator[SourceRow]:
-    suffix, is_empty = data_suffix(path.name), True
-    for line, row in READERS[suffix](path):
-        is_empty, id = False, f"{task}/{path.name}:{line}"
-        yield SourceRow(row, f"{path}:{line}", id, task, source.weight, suffix not in UNTYPED, source.path)
-    if is_empty:
-        raise DataError(f"{path}: empty; a data file needs at least one row")
-
-
 def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
-    splits = (match["split"],) if match["split"] else HUB_SPLITS[split]
-    loaded_split, rows = _load_hub_split(match["name"], match["config"], splits, source.path, match["revision"])
-    where, task = f"{re.split('[@#]', source.path)[0]}@{loaded_split}", match["name"].rpartition("/")[2]
-    number = 0
-    for number, row in enumerate(_iterate_or_raise(rows, where), 1):
-        id, fields = f"{where}:{number}", without_nulls(row)
-        yield SourceRow(fields, id, id, task, source.weight, written=source.path)
-    if not number:
-        raise DataError(f"{where}: empty; a data set needs at least one row")
-
-
-def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
-    """All rows; raises `DataError` if reading fails in the middle: a part of a data set is another data set."""
+    name, config, splits = match["name"], match["config"], (match["split"],) if match["split"] else HUB_SPLITS[split]
+    try:
+        import datasets
+    except ModuleNotFoundError as missing:
+        raise MissingPackage(f"{source.path}: hub data sets need a package; run: pip install datasets") from missing
+    rows: Iterator[Any] | None = None
+    failure, at_revision = "", {"revision": match["revision"]} if match["revision"] else {}
+    for loaded_split in splits:  # the first that the data set has is read; no code that comes with it is run
+        try:
+            loaded = datasets.load_dataset(name, *([config] if config else []), split=loaded_split, **at_revision)
+            rows = iter(loaded)
+        except ValueError as unknown_split:
+            failure = failure or _one_line(unknown_split)
+            continue
+        except Exception as broken:  # the hub, the network or a parser: the user must see which name failed
+            failure = _one_line(broken)
+        break
+    if rows is None:
+        tried = f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}"
+        raise DataError(
+            f"{source.path}: no such file, and not to be had from the hub ({tried}): {failure}; "
+            "correct the name, or write owner/name:config@split#revision"
+        )
+    where, task = f"{re.split('[@#]', source.path)[0]}@{loaded_split}", name.rpartition("/")[2]
     number = 0
     while True:
         try:
             row = next(rows)
         except StopIteration:
-            return
-        except Exception as broken:  # the hub, the network or a parser
+            break
+        except Exception as broken:  # the hub, the network or a parser: a part of a data set is another data set
             reason = _one_line(broken)
             raise DataError(
                 f"{where}: reading failed after {number} rows: {reason}; run it again, or resume the run", quoted=reason
             ) from broken
         number += 1
-        yield row
-
-
-def _load_hub_split(
-    name: str, config: str | None, splits: tuple[str, ...], written: str, revision: str | None = None
-) -> tuple[str, Iterator[Any]]:
-    """(name, rows) of the first of these splits that the data set has; `written` is the source as the user wrote it.
-
-    No code that comes with a data set is run. Raises `DataError` and `MissingPackage`.
-    """
-    try:
-        import datasets
-    except ModuleNotFoundError as missing:
-        raise MissingPackage(f"{written}: hub data sets need a package; run: pip install datasets") from missing
-    failure, at_revision = "", {"revision": revision} if revision else {}
-    for split in splits:
-        try:
-            return split, iter(datasets.load_dataset(name, *([config] if config else []), split=split, **at_revision))
-        except ValueError as unknown_split:
-            failure = failure or _one_line(unknown_split)
-        except Exception as broken:  # the hub, the network or a parser: the user must see which name failed
-            failure = _one_line(broken)
-            break
-    tried = f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}"
-    raise DataError(
-        f"{written}: no such file, and not to be had from the hub ({tried}): {failure}; "
-        "correct the name, or write owner/name:config@split#revision"
-    )
+        id = f"{where}:{number}"
+        yield SourceRow(without_nulls(row), id, id, task, source.weight, written=source.path)
+    if not number:
+        raise DataError(f"{where}: empty; a data set needs at least one row")
 
 
 def _one_line(error: Exception) -> str:

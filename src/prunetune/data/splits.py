@@ -1,7 +1,5 @@
 """The splits of a run, from train to general; missing ones are carved off train, overlaps are refused."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,43 +55,29 @@ def load_splits(config: DataConfig, seed: int, redaction: Redaction = SHOW_ALL) 
     """
     if not config.train:
         raise DataError("data.train names no source; name a file, a glob, a hub data set as owner/name, or demo")
-    sources = _configured_sources(config)
-    splits = {name: read_records(sources[name], config, name, redaction) for name in sources}
+    sources: dict[SplitName, Sequence[str]] = {
+        "train": config.train, "search": config.search, "valid": config.valid, "test": config.test,
+    }  # fmt: skip
+    if all(Source.parse(source).path == "demo" for source in config.train):  # it has all but texts, guard and general
+        sources = {name: own or ("demo",) for name, own in sources.items()}
+    sources |= {"texts": config.distill_texts, "guard": config.guard, "general": config.general}
+    splits = {name: read_records(own, config, name, redaction) for name, own in sources.items() if own}
     splits, dropped = _make_disjoint(splits, drop=config.overlap == "drop")
     shares = {"search": config.search_share, "valid": config.valid_share, "test": config.test_share}
     missing = {name: shares[name] for name in CARVED if name not in splits}
     splits |= carve_splits(splits["train"], missing, seed)
     if "texts" in splits:
-        before = len(splits["texts"])
-        splits["texts"] = _drop_carved_overlap(splits["texts"], [splits[name] for name in missing])
-        dropped += before - len(splits["texts"])
+        # They may repeat train itself. The guard needs no such check: train was disjoint from it before the carving.
+        carved = {key for name in missing for record in splits[name] for key in _identity_keys(record)}
+        texts = tuple(record for record in splits["texts"] if carved.isdisjoint(_conflict_keys(record)))
+        if not texts:
+            raise DataError(
+                f"data.distill_texts keeps no row: all {len(splits['texts'])} share a question or group with splits "
+                "that are carved off data.train; name more texts, or sources for data.test, data.valid and data.search"
+            )
+        dropped += len(splits["texts"]) - len(texts)
+        splits["texts"] = texts
     return Splits(**splits, dropped=dropped)
-
-
-def _drop_carved_overlap(texts: Sequence[Record], carved: Iterable[Sequence[Record]]) -> tuple[Record, ...]:
-    """The texts that share neither a question nor a group with splits carved off train; they may repeat train itself.
-
-    The guard needs no such check: train was disjoint from it before the splits were carved.
-    """
-    carved_keys = {key for records in carved for record in records for key in _identity_keys(record)}
-    kept = tuple(record for record in texts if carved_keys.isdisjoint(_conflict_keys(record)))
-    if not kept:
-        raise DataError(
-            f"data.distill_texts keeps no row: all {len(texts)} share a question or group with splits that are carved "
-            "off data.train; name more texts, or sources for data.test, data.valid and data.search"
-        )
-    return kept
-
-
-def _configured_sources(config: DataConfig) -> dict[SplitName, Sequence[str]]:
-    """{split: sources} of the splits that have any; the demo has all but texts, guard and general."""
-    sources: dict[SplitName, Sequence[str]] = {
-        "train": config.train, "search": config.search, "valid": config.valid, "test": config.test,
-    }  # fmt: skip
-    if all(Source.parse(source).path == "demo" for source in config.train):
-        sources = {name: own or ("demo",) for name, own in sources.items()}
-    sources |= {"texts": config.distill_texts, "guard": config.guard, "general": config.general}
-    return {name: own for name, own in sources.items() if own}
 
 
 def _make_disjoint(
@@ -176,21 +160,17 @@ def carve_splits(
     remaining = sorted(clusters, key=lambda name: _digest([str(seed), name]))
     split_by_cluster: dict[str, SplitName] = {}
     for split, share in shares.items():
-        split_by_cluster |= dict.fromkeys(_choose_clusters(remaining, clusters, share * len(records)), split)
+        chosen, space = [], share * len(records)
+        for name in remaining:
+            if len(clusters[name]) <= space:
+                chosen.append(name)
+                space -= len(clusters[name])
+        chosen = chosen or [min(remaining, key=lambda name: len(clusters[name]))]
+        split_by_cluster |= dict.fromkeys(chosen, split)
         remaining = [name for name in remaining if name not in split_by_cluster]
     split_of = {id(record): split_by_cluster.get(name, "train") for name in clusters for record in clusters[name]}
     names: tuple[SplitName, ...] = ("train", *shares)
     return {name: tuple(record for record in records if split_of[id(record)] == name) for name in names}
-
-
-def _choose_clusters(names: Sequence[str], clusters: Mapping[str, Sequence[Record]], max_records: float) -> list[str]:
-    """Names of clusters, in order, that fit into so many records; the smallest if none does."""
-    chosen: list[str] = []
-    for name in names:
-        if len(clusters[name]) <= max_records:
-            chosen.append(name)
-            max_records -= len(clusters[name])
-    return chosen or [min(names, key=lambda name: len(clusters[name]))]
 
 
 def _related_clusters(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -4,12 +4,11 @@ The prompts ship with prunetune: general ones of several kinds, and requests tha
 model continues each; then every model predicts the same tokens, one model in memory at a time.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +56,6 @@ class Continuation:
     is_chat: bool
     text: str
 
-    @property
-    def is_declined(self) -> bool:
-        """Whether it is a request that the untuned model declines."""
-        return self.asked.kind == DECLINE and is_refusal(self.text)
-
 
 @dataclass(frozen=True)
 class NextTokens:
@@ -88,7 +82,18 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[DriftPrompt], ma
     Chats where the tokenizer has a template that can write them. Raises `DataError` where the model's embedding lacks
     tokens of the prompts.
     """
-    ids, is_chat = _encode([prompt.prompt for prompt in prompts], tokenizer, vocab_size(model))
+    vocabulary = vocab_size(model)
+    for is_chat in (True, False) if tokenizer.chat_template else (False,):
+        asked = [
+            Record("chat", messages=(Message("user", it.prompt),)) if is_chat else Record("completion", it.prompt)
+            for it in prompts
+        ]
+        with suppress(DataError):  # of a template that wants something else
+            ids: list[Any] = encode_prompts(asked, tokenizer)
+            if max(map(max, ids)) < vocabulary:
+                break
+    else:
+        raise DataError(f"the tokenizer gives tokens beyond the {vocabulary} rows of the model's embedding")
     limit = max_prompt_tokens(model, NEW_TOKENS)
     ids = [truncate_prompt(row, limit, tokenizer.bos_token_id) for row in ids]
     answers = _answers(model, tokenizer, ids, max_tokens, is_chat=is_chat)
@@ -133,7 +138,7 @@ def measure_drift(
         kl = kl_of_top(known.logprobs, _logprobs(logits, known.top_ids.to(logits.device))).mean()
         same = (logits.argmax(-1).cpu() == known.choices).double().mean()
         scores[index] = {"kl": float(kl), "agreement": math.nan if kl.isnan() else float(same)}
-    declined = [index for index, said in enumerate(reference) if said.is_declined]
+    declined = [i for i, said in enumerate(reference) if said.asked.kind == DECLINE and is_refusal(said.text)]
     asked = [said.example.token_ids[: said.example.answer_start] for said in (reference[index] for index in declined)]
     answers = _answers(model, tokenizer, asked, max_tokens, is_chat=reference[0].is_chat)
     got = dict(zip(declined, (tokenizer.decode(answer, skip_special_tokens=True) for answer in answers), strict=True))
@@ -155,19 +160,6 @@ def kl_of_top(reference: Tensor, model: Tensor) -> Tensor:
     rest_p, rest_q = ((1 - part.sum(-1)).clamp(min=TINY) for part in (p, q))
     terms = torch.where(reference == -torch.inf, 0.0, p * (reference - model))
     return (terms.sum(-1) + rest_p * (rest_p / rest_q).log()).clamp(min=0)
-
-
-def _encode(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> tuple[list[Any], bool]:
-    """Token ids of prompts, and whether they are chats."""
-    for is_chat in (True, False) if tokenizer.chat_template else (False,):
-        chats = [Record("chat", messages=(Message("user", text),)) for text in texts]
-        try:
-            ids = encode_prompts(chats if is_chat else [Record("completion", text) for text in texts], tokenizer)
-        except DataError:  # of a template that wants something else
-            continue
-        if max(map(max, ids)) < vocabulary:
-            return ids, is_chat
-    raise DataError(f"the tokenizer gives tokens beyond the {vocabulary} rows of the model's embedding")
 
 
 def _answers(

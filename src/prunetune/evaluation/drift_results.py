@@ -1,7 +1,5 @@
 """What was measured of drift, `Evaluation`s whose tasks are models: by kind of prompt, and in words."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The accuracies that need no model: chance, always one answer, always the longest option."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,16 +1,19 @@
 """Greedy generation in batches, with every token that ends an answer known."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig
 
 from prunetune.data.encoding import chat_stop_id
-from prunetune.evaluation.batching import MAX_LOGITS_PER_PASS, OnItemsDone, batch_by_length, left_pad
-from prunetune.evaluation.scoring_mode import has_plain_cache, vocab_size
+from prunetune.evaluation.scoring_mode import (
+    MAX_LOGITS_PER_PASS,
+    OnItemsDone,
+    batch_by_length,
+    has_plain_cache,
+    left_pad,
+    vocab_size,
+)
 
 
 def generate(
@@ -61,34 +64,22 @@ def generate_ids(
                 rows * (width + max_new_tokens) <= max_tokens and rows * vocabulary <= MAX_LOGITS_PER_PASS
             ),
         )
-        with greedy_decoding(model, tokenizer, pad_id, max_new_tokens, chat=kind[0]) as settings:
+        stops = stop_token_ids(model, tokenizer, chat=kind[0]) or None
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id
+        )
+        saved, model.generation_config = model.generation_config, GenerationConfig()  # no sampling, no penalties
+        try:
             for group in groups:
                 batch = left_pad([prompts[index] for index in group], pad_id, model.device)
                 ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings)
                 for index, answer in zip(group, ids[:, batch.input_ids.shape[1] :].tolist(), strict=True):
-                    stops = {answer.index(stop) + 1 for stop in settings.eos_token_id or () if stop in answer}
-                    answers[index] = answer[: min(stops, default=len(answer))]  # behind it is padding
+                    ends = {answer.index(stop) + 1 for stop in stops or () if stop in answer}
+                    answers[index] = answer[: min(ends, default=len(answer))]  # behind it is padding
                 tick(len(group))
+        finally:
+            model.generation_config = saved
     return answers
-
-
-@contextmanager
-def greedy_decoding(
-    model: Any, tokenizer: Any, pad_id: int, max_new_tokens: int, *, chat: bool = False
-) -> Iterator[GenerationConfig]:
-    """Settings of greedy decoding; within the block those of the checkpoint (sampling, penalties) are set aside."""
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_token_ids(model, tokenizer, chat=chat) or None,
-        pad_token_id=pad_id,
-    )
-    saved = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield settings
-    finally:
-        model.generation_config = saved
 
 
 def stop_token_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:

@@ -1,7 +1,5 @@
 """Which rows of a task are scored where a limit is set, and the unique ids of their items."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a model keeps of a reference's quality, each score with the benefit of one standard error."""
+"""What a model keeps of a reference's quality, and its own, each score with the benefit of one standard error."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ def kept_quality(evaluation: Evaluation, reference: Evaluation, names: Sequence[
         known = ", ".join((*shares, *own)) or "nothing: it has no row with an answer"
         raise ConfigError(f"budget.quality_of: {', '.join(unknown) or 'a score'} is wanted, and valid scores {known}")
     return {name: shares[name] for name in wanted}
+
+
+def absolute_quality(evaluation: Evaluation, names: Sequence[str]) -> dict[str, float]:
+    """The scores of these names, each better than measured by its standard error.
+
+    Names: "accuracy" and "nll", the means over tasks, and such as "triage.accuracy". Raises `ConfigError` for any else.
+    """
+    means = {metric: evaluation.mean(metric) for metric in ("accuracy", MEAN_LOSS)}
+    scores = {metric: mean for metric, mean in means.items() if mean.n}
+    for task, result in evaluation.tasks.items():
+        scores |= {f"{task}.{metric}": score for metric, score in result.scores.items()}
+    if unknown := [name for name in names if name not in scores]:
+        known = ", ".join(scores) or "nothing: it has no row with an answer"
+        raise ConfigError(f"budget.quality_limits: {', '.join(unknown)} is limited, and valid scores {known}")
+    errors = {name: scores[name].se if math.isfinite(scores[name].se) else 0.0 for name in names}
+    signs = {name: 1 if higher_is_better(name.rpartition(".")[2]) else -1 for name in names}
+    return {name: scores[name].value + signs[name] * errors[name] for name in names}
 
 
 def _share(reference: float, difference: Score, metric: str) -> float:

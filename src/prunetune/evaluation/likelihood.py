@@ -1,7 +1,5 @@
 """Log-likelihoods of given tokens: of choices after a shared prompt, and of the answers of examples."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +11,16 @@ from torch import Tensor
 
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
-from prunetune.evaluation.batching import (
+from prunetune.evaluation.scoring_mode import (
     MAX_LENGTH_RATIO,
     MAX_LOGITS_PER_PASS,
     OnItemsDone,
-    PaddedBatch,
     batch_by_length,
+    has_plain_cache,
     left_pad,
     position_ids_from_mask,
+    vocab_size,
 )
-from prunetune.evaluation.scoring_mode import has_plain_cache, vocab_size
 from prunetune.model.lm_head import select_head_inputs
 
 Tokens = tuple[int, ...]
@@ -87,7 +85,10 @@ def _group_loglikelihoods(
         use_cache=bool(branches),
         logits_to_keep=1,
     )
-    totals = [_first_token_logprobs(output.logits[index, -1], question) for index, question in enumerate(group)]
+    totals: list[list[float]] = []  # at first the log-probability of each choice's first token
+    for index, asked in enumerate(group):
+        firsts = torch.tensor([choice[0] for choice in asked.choices], device=output.logits.device)
+        totals.append(output.logits[index, -1].float().log_softmax(-1)[firsts].tolist())
     vocabulary, width = vocab_size(model), prompts.input_ids.shape[1]
     for batch in batch_by_length(
         branches,
@@ -97,7 +98,23 @@ def _group_loglikelihoods(
         ),
         max_length_ratio=MAX_LENGTH_RATIO,
     ):
-        logits = _branch_logits(model, batch, prompts, output.past_key_values, pad_id)
+        # Padded on the right: attention is causal, so no token of a branch sees the padding behind it.
+        longest = max(len(branch.tokens) for branch in batch)
+        padded = [[*branch.tokens, *[pad_id] * (longest - len(branch.tokens))] for branch in batch]
+        ids = torch.tensor(padded, device=prompts.input_ids.device)
+        owners = torch.tensor([branch.question_index for branch in batch], device=ids.device)
+        mask = torch.cat([prompts.attention_mask[owners], torch.ones_like(ids)], dim=1)
+        # A copy: the cache itself is unchanged, because a layer that grows makes new tensors.
+        cache = copy.copy(output.past_key_values)
+        cache.layers = [copy.copy(layer) for layer in output.past_key_values.layers]
+        cache.batch_select_indices(owners)
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids_from_mask(mask)[:, -longest:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
         for (question, choice), value in _later_token_logprobs(logits, batch, group).items():
             totals[question][choice] += value
     return [
@@ -119,37 +136,6 @@ def build_branches(question_index: int, choices: Sequence[Tokens]) -> list[Choic
         if len(choice) > 1:
             choices_of[next(tokens for tokens in longest if tokens[: len(choice) - 1] == choice[:-1])].append(index)
     return [ChoiceBranch(question_index, tokens, tuple(indices)) for tokens, indices in choices_of.items()]
-
-
-def _first_token_logprobs(logits: Tensor, question: TokenizedQuestion) -> list[float]:
-    """Logits [vocabulary] -> the log-probability of each choice's first token."""
-    firsts = torch.tensor([choice[0] for choice in question.choices], device=logits.device)
-    values: list[float] = logits.float().log_softmax(-1)[firsts].tolist()
-    return values
-
-
-def _branch_logits(
-    model: Any, branches: Sequence[ChoiceBranch], prompts: PaddedBatch, cache: Any, pad_id: int
-) -> Tensor:
-    """Logits [branches, longest, vocabulary] after the cached prompts."""
-    owners = torch.tensor([branch.question_index for branch in branches], device=prompts.input_ids.device)
-    width = max(len(branch.tokens) for branch in branches)
-    # Padded on the right: attention is causal, so no token of a branch sees the padding behind it.
-    padded = [[*branch.tokens, *[pad_id] * (width - len(branch.tokens))] for branch in branches]
-    ids = torch.tensor(padded, device=owners.device)
-    mask = torch.cat([prompts.attention_mask[owners], torch.ones_like(ids)], dim=1)
-    # A copy: the cache itself is unchanged, because a layer that grows makes new tensors.
-    branch_cache = copy.copy(cache)
-    branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
-    branch_cache.batch_select_indices(owners)
-    logits: Tensor = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids_from_mask(mask)[:, -width:],
-        past_key_values=branch_cache,
-        use_cache=True,
-    ).logits
-    return logits
 
 
 def _later_token_logprobs(

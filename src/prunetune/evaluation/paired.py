@@ -7,8 +7,6 @@ however few items there are. The interval of the difference is a bootstrap over 
 chapter 13).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -119,7 +119,20 @@ class Evaluation:
 
     def to_json(self) -> str:
         """The evaluation as JSON text, stable to the byte: nan and inf become null, long prompts lose their end."""
-        tasks = {name: _task_to_dict(result) for name, result in self.tasks.items()}
+        tasks: dict[str, dict[str, Any]] = {}
+        for name, result in self.tasks.items():
+            scores = result.scores.items()
+            tasks[name] = {
+                "scores": {key: {"value": _finite(it.value), "se": _finite(it.se), "n": it.n} for key, it in scores},
+                "items": [
+                    {key: value for key, value in dataclasses.asdict(item).items() if key != "line"}
+                    | {"prompt": item.prompt[:MAX_PROMPT_CHARS]}
+                    | {"scores": {key: _finite(value) for key, value in item.scores.items()}}
+                    for item in result.items
+                ],
+            }
+            tasks[name] |= {"error": result.error} if result.error else {}
+            tasks[name] |= {"general": True} if result.general else {}
         return json.dumps({"format": FORMAT, "tasks": tasks}, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -155,22 +168,6 @@ def recovery(pruned: Score, dense: Score, metric: str) -> float:
     """Share of the dense score that is kept, 1 = all; inverted where lower is better; nan over zero."""
     above, below = (pruned.value, dense.value) if higher_is_better(metric) else (dense.value, pruned.value)
     return above / below if below else math.nan
-
-
-def _task_to_dict(result: TaskResult) -> dict[str, Any]:
-    return {
-        "scores": {
-            metric: {"value": _finite(score.value), "se": _finite(score.se), "n": score.n}
-            for metric, score in result.scores.items()
-        },
-        "items": [
-            {name: value for name, value in dataclasses.asdict(item).items() if name != "line"}
-            | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": {k: _finite(v) for k, v in item.scores.items()}}
-            for item in result.items
-        ],
-        **({"error": result.error} if result.error else {}),
-        **({"general": True} if result.general else {}),
-    }
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,5 @@
 """Scores of a run's rows: each task's rows as a task of a suite, asked and scored by the suites' own engine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +8,7 @@ from prunetune.config.recipe import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation.item_subset import stable_sample
-from prunetune.evaluation.results import Evaluation, TaskResult
+from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings, OnRequestsDone, Prompt, RequestKind
 from prunetune.evaluation.suites.run import score_task
@@ -63,49 +61,32 @@ def evaluate(
     if shared := general_tasks & {record.task for record in records}:
         raise DataError(f"task {min(shared)!r} is in the rows of data.test and of data.general: rename one of the two")
     backend = _SharedPasses(model, tokenizer, max_tokens=config.max_tokens)
-    return Evaluation(
-        {
-            task: replace(
-                _score(backend, task, stable_sample(rows, config.limit), data, config, progress),
-                general=task in general_tasks,
-            )
-            for task, rows in by_task.items()
+    results = {}
+    for name, rows in by_task.items():
+        chosen = stable_sample(rows, config.limit)
+        with_choices = [index for index, record in enumerate(chosen) if record.answer is not None and record.choices]
+        answers = [index for index, record in enumerate(chosen) if record.kind != "text"]
+        generated = [index for index in answers if index not in set(with_choices)][: config.generate_limit]
+        label_sets = [frozenset(chosen[index].choices) for index in with_choices]
+        scored = {
+            "accuracy": with_choices,
+            "rouge_l": generated,
+            "exact_match": generated,
+            "macro_f1": with_choices if len(label_sets) > 1 and len(set(label_sets)) == 1 else [],
+            "nll": answers,
+            "perplexity": (texts := [index for index, record in enumerate(chosen) if record.kind == "text"]),
+            "bits_per_byte": texts,
         }
-    )
-
-
-def _score(
-    backend: LocalModel,
-    name: str,
-    records: Sequence[Record],
-    data: DataConfig,
-    config: EvaluateConfig,
-    progress: ProgressCallback | None,
-) -> TaskResult:
-    with_choices = [index for index, record in enumerate(records) if record.answer is not None and record.choices]
-    texts = [index for index, record in enumerate(records) if record.kind == "text"]
-    answers = [index for index, record in enumerate(records) if record.kind != "text"]
-    generated = [index for index in answers if index not in set(with_choices)][: config.generate_limit]
-    label_sets = [frozenset(records[index].choices) for index in with_choices]
-    rows = {
-        "accuracy": with_choices,
-        "rouge_l": generated,
-        "exact_match": generated,
-        "macro_f1": with_choices if len(label_sets) > 1 and len(set(label_sets)) == 1 else [],
-        "nll": answers,
-        "perplexity": texts,
-        "bits_per_byte": texts,
-    }
-    task = Task(
-        name,
-        TaskOptions(template=data.template, max_new_tokens=config.max_new_tokens),
-        tuple(
-            TaskScorer(SCORERS[scorer], SCORERS[scorer].options, (metric,))
-            for metric, scorer in RUN_METRICS.items()
-            if rows[metric]
-        ),
-    )
-    return score_task(backend, task, [Prompt(record, record.choices, {}) for record in records], progress, rows)
+        scorers = {metric: SCORERS[scorer] for metric, scorer in RUN_METRICS.items() if scored[metric]}
+        task = Task(
+            name,
+            TaskOptions(template=data.template, max_new_tokens=config.max_new_tokens),
+            tuple(TaskScorer(scorer, scorer.options, (metric,)) for metric, scorer in scorers.items()),
+        )
+        prompts = [Prompt(record, record.choices, {}) for record in chosen]
+        result = score_task(backend, task, prompts, progress, scored)
+        results[name] = replace(result, general=name in general_tasks)
+    return Evaluation(results)
 
 
 class _SharedPasses(LocalModel):

@@ -1,10 +1,8 @@
-"""A task's scores from its items, with standard errors: means in closed form, ratios and F1 by bootstrap."""
-
-from __future__ import annotations
+"""A task's scores from its items, with standard errors: means in closed form; ratios, F1, BLEU, chrF by bootstrap."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from prunetune.errors import DataError
 from prunetune.evaluation.results import MAX_PROMPT_CHARS, Item, Score, TaskResult, is_hidden
 from prunetune.evaluation.text_metrics import normalise_text
+from prunetune.utils.optional import import_optional
 
 RESAMPLES = 1000
 # The score that an item needs in order to count for a metric that is not a mean over items.
@@ -150,18 +149,55 @@ def _one_hot(values: Sequence[str], labels: Sequence[str]) -> Array:
     return np.array([[float(value == label) for label in labels] for value in values])
 
 
+# -- BLEU and chrF (sacrebleu): no means over items --------------------------------------------------------------------
+
+
+def _sacrebleu(name: str, **options: Any) -> Any:
+    return getattr(import_optional("sacrebleu.metrics", extra="eval", use=f"scorer {name.lower()}"), name)(**options)
+
+
+def sentence_bleu(expected: Sequence[str], got: Sequence[str]) -> list[float]:
+    """BLEU of each pair, 0..100, with effective n-gram order: a text of two words counts no trigrams."""
+    bleu = _sacrebleu("BLEU", effective_order=True)
+    return [float(bleu.sentence_score(text, [wanted]).score) for wanted, text in zip(expected, got, strict=True)]
+
+
+def sentence_chrf(expected: Sequence[str], got: Sequence[str]) -> list[float]:
+    """chrF2 of each pair, 0..100."""
+    chrf = _sacrebleu("CHRF")
+    return [float(chrf.sentence_score(text, [wanted]).score) for wanted, text in zip(expected, got, strict=True)]
+
+
+def _corpus_statistic(name: str) -> Callable[[Sequence[Item]], Statistic]:
+    def make_statistic(items: Sequence[Item]) -> Statistic:
+        if any(is_hidden(item.expected) for item in items):  # the score needs the texts
+            return lambda weights: np.full(len(weights), np.nan)
+        metric = _sacrebleu(name)
+        # What sacrebleu itself resamples for its confidence intervals: n-gram counts, which add up over pairs.
+        counts = np.asarray(
+            metric._extract_corpus_statistics([item.got for item in items], [[item.expected for item in items]]),
+            dtype=np.float64,
+        )
+
+        def statistic(weights: Array) -> Array:
+            sums = np.rint(weights @ counts).astype(np.int64).tolist()
+            return np.array([metric._compute_score_from_stats(row).score for row in sums])
+
+        return statistic
+
+    return make_statistic
+
+
 _STATISTICS: Mapping[str, Callable[[Sequence[Item]], Statistic]] = {
     "perplexity": _perplexity,
     "bits_per_byte": _bits_per_byte,
     "macro_f1": _macro_f1,
     "label_f1": _label_f1,
+    "bleu": _corpus_statistic("BLEU"),
+    "chrf": _corpus_statistic("CHRF"),
 }
 
 
 def statistic_for_metric(metric: str) -> Callable[[Sequence[Item]], Statistic] | None:
     """What computes a metric that is not a mean over items; None for a mean."""
-    if metric in ("bleu", "chrf"):
-        from prunetune.evaluation import corpus_metrics  # it imports this module
-
-        return {"bleu": corpus_metrics.corpus_bleu, "chrf": corpus_metrics.corpus_chrf}[metric]
     return _STATISTICS.get(metric)

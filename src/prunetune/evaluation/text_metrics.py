@@ -1,7 +1,5 @@
 """When two texts count as equal, and the words that ROUGE compares, in any script."""
 
-from __future__ import annotations
-
 import re
 import sys
 import unicodedata

@@ -1,23 +1,25 @@
-"""Write a cut model as a checkpoint that stock runtimes open: uniform (a plain architecture) or per-layer."""
+"""Write a cut model as a checkpoint that stock runtimes open: uniform (a plain architecture) or per-layer.
 
-from __future__ import annotations
+Which widths a stock class accepts is asked before training, so that no run ends with a checkpoint that cannot be
+written.
+"""
 
 import copy
+import functools
 import json
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunetune.errors import ModelError
-from prunetune.export.stock_config import explain_family_change, shrink_config
+from prunetune.errors import ModelError, PlanError
 from prunetune.model.checksums import write_checksums
-from prunetune.model.history import HISTORY_FILE, PruningRun, format_history
-from prunetune.model.per_layer_code import build_meta_model, write_code
-from prunetune.model.per_layer_config import PerLayerNames, per_layer_overrides
+from prunetune.model.per_layer_code import PerLayerNames, build_meta_model, per_layer_overrides, write_code
+from prunetune.model.provenance import HISTORY_FILE, PruningRun
 from prunetune.plan import Plan
-from prunetune.pruning.families import MODEL_TYPE_PREFIX
+from prunetune.pruning.families import MODEL_TYPE_PREFIX, get_family, head_counts, num_experts_key
+from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers
 from prunetune.utils.files import atomic_folder
 
@@ -75,14 +77,20 @@ def write_checkpoint(
             write_code(partial)
         add_old_rope_keys(partial / "config.json")
         if end_token is not None:
-            add_end_token(partial / "generation_config.json", end_token, tokenizer.eos_token_id)
+            file = partial / "generation_config.json"
+            stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            tokens = stored if isinstance(stored, list) else [tokenizer.eos_token_id if stored is None else stored]
+            if end_token not in tokens:
+                edit_json(file, {"eos_token_id": [*(token for token in tokens if token is not None), end_token]})
         tokenizer.save_pretrained(partial)
         for file in processor_files:
             shutil.copyfile(file, partial / file.name)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
         if history:
-            (partial / HISTORY_FILE).write_text(format_history(history), encoding="utf-8")
+            (partial / HISTORY_FILE).write_text(
+                json.dumps([asdict(run) for run in history], indent=2) + "\n", encoding="utf-8"
+            )
         write_checksums(partial)
     files = list(folder.rglob("*.safetensors"))
     return WrittenCheckpoint(
@@ -141,14 +149,6 @@ def edit_json(path: Path, changes: dict[str, Any], *, without: Collection[str] =
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def add_end_token(path: Path, end_token: int, end_of_text: int | None) -> None:
-    """Add `end_token` to generation_config.json's `eos_token_id`, after its tokens or, without any, the end of text."""
-    stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    tokens = stored if isinstance(stored, list) else [end_of_text if stored is None else stored]
-    if end_token not in tokens:
-        edit_json(path, {"eos_token_id": [*(token for token in tokens if token is not None), end_token]})
-
-
 def add_old_rope_keys(path: Path) -> None:
     """Write `rope_theta` and `rope_scaling`, which transformers 4 and others read and transformers 5 does not write.
 
@@ -159,3 +159,135 @@ def add_old_rope_keys(path: Path) -> None:
         scaled = rope.get("rope_type", "default") != "default"
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
         edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+
+
+def kv_groups_validator(config: Any) -> Callable[..., bool]:
+    """A function that says whether a uniform model of this architecture may keep `(kv_groups, queries_per_kv_head)`.
+
+    It builds a model without weights of that shape, and compares the width of its heads with the dense model's: some
+    classes demand a hidden size that the heads divide, others derive the head dimension from it. Answers are cached.
+    Building a model changes settings of the whole process, so the first call must not be in a thread.
+    """
+    heads = head_counts(config)
+
+    @functools.cache
+    def is_valid(kv_groups: int, queries_per_kv_head: int = heads.queries_per_kv_head) -> bool:
+        if (kv_groups, queries_per_kv_head) == (heads.kv_heads, heads.queries_per_kv_head) or kv_groups < 1:
+            return kv_groups >= 1
+        try:
+            model = build_meta_model(shrink_config(config, kv_groups, None, queries_per_kv_head=queries_per_kv_head))
+            site = next((site for site in find_sites(model) if site.kind is UnitKind.KV_GROUP), None)
+        except Exception:  # each class refuses in its own way
+            return False
+        if site is None or site.consumer is None:  # attention cannot be pruned
+            return False
+        return (site.units, site.consumer.rows_per_unit) == (kv_groups, queries_per_kv_head * heads.head_dim)
+
+    return is_valid
+
+
+def shrink_config(
+    config: Any,
+    kv_groups: int | None,
+    mlp_channels: int | None,
+    *,
+    queries_per_kv_head: int | None = None,
+    experts: int | None = None,
+    expert_channels: int | None = None,
+) -> Any:
+    """The configuration with smaller, equal layers; None keeps a width.
+
+    If the family's own class cannot carry the head count, the configuration is that of its `EquivalentFamily`.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if (text := config.get_text_config()) is not config:  # inside a multimodal model
+        wrapper = copy.deepcopy(config)
+        wrapper.text_config = shrink_config(
+            text,
+            kv_groups,
+            mlp_channels,
+            queries_per_kv_head=queries_per_kv_head,
+            experts=experts,
+            expert_channels=expert_channels,
+        )
+        return wrapper
+    values, dense = config.to_dict(), head_counts(config)
+    kv_heads = dense.kv_heads if kv_groups is None else kv_groups
+    heads = kv_heads * (queries_per_kv_head or dense.queries_per_kv_head)
+    values.pop("transformers_version", None)
+    if kv_groups is not None or queries_per_kv_head is not None:
+        values |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dense.head_dim}
+    if experts is not None:
+        values[num_experts_key(config)] = experts
+    if expert_channels is not None:
+        values[get_family(config).mixture.intermediate_size_key] = expert_channels  # type: ignore[union-attr]
+    if mlp_channels is not None:
+        values[mlp_width_option(config)] = mlp_channels
+    equivalent = EQUIVALENT_FAMILIES.get(config.model_type)
+    if equivalent is None or not equivalent.is_needed(config, heads, dense.head_dim):
+        return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+    shared = {name: value for name, value in values.items() if name not in equivalent.removed_options}
+    shared |= {"model_type": equivalent.model_type, **equivalent.values}
+    changed = CONFIG_MAPPING[equivalent.model_type].from_dict(shared)
+    changed.architectures = [_causal_class(changed)]
+    return changed
+
+
+@dataclass(frozen=True)
+class EquivalentFamily:
+    """A family with the same tensors and arithmetic, for head counts that a family's own configuration cannot carry."""
+
+    model_type: str
+    is_needed: Callable[[Any, int, int], bool]  # configuration, query heads, head dimension
+    reason: str  # why the family's own configuration cannot, for `explain_family_change`
+    removed_options: tuple[str, ...]  # options of the family that this one lacks
+    values: Mapping[str, Any]  # options that this one adds
+
+
+EQUIVALENT_FAMILIES: Mapping[str, EquivalentFamily] = {
+    "llama": EquivalentFamily(
+        model_type="mistral",
+        # Mistral has no biases.
+        is_needed=lambda config, heads, _: (
+            config.hidden_size % heads and not (config.attention_bias or config.mlp_bias)
+        ),
+        reason="refuses {heads} heads at hidden size {hidden}",
+        removed_options=("attention_bias", "mlp_bias", "pretraining_tp"),
+        values={"sliding_window": None},
+    ),
+    "qwen2": EquivalentFamily(
+        model_type="seed_oss",
+        is_needed=lambda config, heads, dim: heads * dim != config.hidden_size and not config.use_sliding_window,
+        reason="means heads of {hidden} / {heads} in vLLM, llama.cpp and mlx-lm, and these have {size} rows",
+        removed_options=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        values={"attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+}
+
+
+def explain_family_change(config: Any, written: Any) -> str:
+    """Why the written configuration has another class than the dense one; "" if it has the same."""
+    if type(config) is type(written):
+        return ""
+    heads = head_counts(written)
+    reason = EQUIVALENT_FAMILIES[config.model_type].reason.format(
+        heads=heads.query_heads, size=heads.head_dim, hidden=config.hidden_size
+    )
+    return (
+        f"written as {written.architectures[0]}: {type(config).__name__} {reason}; tensors and arithmetic are the same"
+    )
+
+
+def mlp_width_option(config: Any) -> str:
+    """The configuration's option for the width of the MLP; raises `PlanError` if it has none."""
+    option = get_family(config).intermediate_size_key
+    if not option:
+        raise PlanError(f"{config.model_type} has no option for the width of an MLP: use layout per-layer")
+    return option
+
+
+def _causal_class(config: Any) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)  # type: ignore[no-any-return]

@@ -1,7 +1,5 @@
 """Export to safetensors: the same layout in another dtype, or a per-layer model padded to layers of equal width."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil
@@ -16,13 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.export.checkpoint import WrittenCheckpoint, add_old_rope_keys, edit_json
+from prunetune.export.checkpoint import (
+    WrittenCheckpoint,
+    add_old_rope_keys,
+    edit_json,
+    kv_groups_validator,
+    shrink_config,
+)
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.source import ExportSource
-from prunetune.export.stock_config import kv_groups_validator, shrink_config
-from prunetune.model.per_layer_code import build_meta_model
-from prunetune.model.per_layer_config import width_option_names
+from prunetune.model.per_layer_code import build_meta_model, width_option_names
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
 from prunetune.pruning.sites import find_sites
@@ -38,8 +40,25 @@ def export_uniform(source: ExportSource, path: Path, options: ExportOptions) -> 
     dtype = DTYPES.get(options.dtype, source.dtype)
     if source.layout == "uniform":
         return _copy_checkpoint(source, path, dtype)
-    padded = build_meta_model(padded_config(source))
-    factor = sum(parameter.numel() for parameter in padded.parameters()) / source.params
+    # Every layer as wide as the widest, or as the next width that the class accepts.
+    kinds, config, layers = {site.kind for site in source.sites}, source.config, source.layer_widths
+    ratio, per_layer = head_counts(config).queries_per_kv_head, source.config_json["per_layer_config"]
+    changed = {name for layer in per_layer.values() for name in layer}
+    if changed - PADDABLE_OPTIONS - {width_option_names(config)["mlp"]} or any(
+        layer.query_heads != ratio * layer.kv_heads for layer in layers
+    ):
+        raise ModelError(
+            f"{source.folder}: only KV groups and MLP channels can be padded with zeros, and this model lost other "
+            "units, too: run again with --layout uniform, or export onnx"
+        )
+    kv_groups = max(layer.kv_heads for layer in layers)
+    while UnitKind.KV_GROUP in kinds and not kv_groups_validator(config)(kv_groups):
+        kv_groups += 1  # ends at the dense width, which is valid
+    channels = max(layer.mlp_channels for layer in layers) or None  # without any MLP: as before
+    widths = (kv_groups if UnitKind.KV_GROUP in kinds else None, channels if UnitKind.MLP_CHANNEL in kinds else None)
+    padded = build_meta_model(shrink_config(config, *widths))
+    params = sum(weight.numel() for weight in padded.parameters())
+    factor = params / source.params
     if not options.pad:
         raise ModelError(
             f"{source.folder}: its layers differ in width, which no stock class supports: run again with "
@@ -47,7 +66,33 @@ def export_uniform(source: ExportSource, path: Path, options: ExportOptions) -> 
         )
     note = f"narrower layers are padded with zeros: {factor:.2f} times the parameters of the per-layer model"
     log.info(note)
-    return _write_padded(source, padded, path, dtype, note)
+    # The padded model has no weights yet: it gets the stored ones and zeros.
+    expected = compute_logits(_load_rounded(source, dtype), source.probe_tokens())
+    shapes = {name: tensor.shape for name, tensor in padded.state_dict().items()}
+    state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.tensor_files}
+    for site in find_sites(padded):
+        layer = layers[site.layer]
+        kept = layer.kv_heads if site.kind is UnitKind.KV_GROUP else layer.mlp_channels
+        assert site.consumer is not None  # sites of these two kinds have one
+        for linear, side in (*((linear, ROWS) for linear in site.producers), (site.consumer, COLUMNS)):
+            for name in (f"{linear.module}.weight", f"{linear.module}.bias"):
+                if name in state and not (side == COLUMNS and name.endswith("bias")):
+                    axis = stored_axis(padded.get_submodule(linear.module), side) if name.endswith("weight") else ROWS
+                    full = torch.zeros(shapes[name], dtype=dtype)  # but for the first units
+                    state[name] = full.index_copy_(axis, linear.indices(range(kept), site.units), state[name])
+    losers = "|".join(str(int(number)) for number, own in per_layer.items() if own.get("skip"))
+    for name in shapes.keys() - state.keys():
+        if losers and re.search(rf"\.({losers})\.", name):  # of a removed block, which stores nothing: it adds zeros
+            state[name] = torch.zeros(shapes[name], dtype=dtype)
+    missing, _ = padded.load_state_dict(state, assign=True, strict=False)
+    padded.tie_weights()
+    if without_weights := [name for name in missing if padded.get_parameter(name).is_meta]:
+        raise ModelError(f"{source.folder}: {without_weights[0]} is missing; write the model again")
+    padded.save_pretrained(path)
+    add_old_rope_keys(path / "config.json")
+    source.tokenizer.save_pretrained(path)
+    result = _check_export(source, path, dtype, params, expected, type(padded).__name__, padded=True)
+    return replace(result, notes=(note,))
 
 
 def export_per_layer(source: ExportSource, path: Path, options: ExportOptions) -> ExportResult:
@@ -68,69 +113,13 @@ def _copy_checkpoint(source: ExportSource, path: Path, dtype: torch.dtype) -> Ex
         with safe_open(file, framework="pt") as shard:
             tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
             metadata = shard.metadata()
-        save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, path / file.name, metadata)
+        tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+        save_file(tensors, path / file.name, metadata)
     for index in source.folder.glob("*.safetensors.index.json"):
         shutil.copyfile(index, path / index.name)
     source.copy_other_files(path)
     edit_json(path / "config.json", {"dtype": _dtype_name(dtype)})
     return _check_export(source, path, dtype, params, expected, str(source.config_json["architectures"][0]))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def padded_config(source: ExportSource) -> Any:
-    """A uniform configuration with every layer as wide as the widest, or as the next width that the class accepts."""
-    kinds, config = {site.kind for site in source.sites}, source.config
-    queries_per_kv_head = head_counts(config).queries_per_kv_head
-    options = {name for layer in source.config_json["per_layer_config"].values() for name in layer}
-    if options - PADDABLE_OPTIONS - {width_option_names(config)["mlp"]} or any(
-        layer.query_heads != queries_per_kv_head * layer.kv_heads for layer in source.layer_widths
-    ):
-        raise ModelError(
-            f"{source.folder}: only KV groups and MLP channels can be padded with zeros, and this model lost other "
-            "units, too: run again with --layout uniform, or export onnx"
-        )
-    kv_groups = max(layer.kv_heads for layer in source.layer_widths)
-    while UnitKind.KV_GROUP in kinds and not kv_groups_validator(config)(kv_groups):
-        kv_groups += 1  # ends at the dense width, which is valid
-    channels = max(layer.mlp_channels for layer in source.layer_widths) or None  # without any MLP: as before
-    return shrink_config(
-        config, kv_groups if UnitKind.KV_GROUP in kinds else None, channels if UnitKind.MLP_CHANNEL in kinds else None
-    )
-
-
-def _write_padded(source: ExportSource, padded: Any, path: Path, dtype: torch.dtype, note: str) -> ExportResult:
-    """Fill the `padded` model, which has no weights yet, with the stored weights and zeros, and write it."""
-    expected = compute_logits(_load_rounded(source, dtype), source.probe_tokens())
-    shapes = {name: tensor.shape for name, tensor in padded.state_dict().items()}
-    state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.tensor_files}
-    for site in find_sites(padded):
-        layer = source.layer_widths[site.layer]
-        kept = layer.kv_heads if site.kind is UnitKind.KV_GROUP else layer.mlp_channels
-        assert site.consumer is not None  # sites of these two kinds have one
-        for linear, side in (*((linear, ROWS) for linear in site.producers), (site.consumer, COLUMNS)):
-            for name in (f"{linear.module}.weight", f"{linear.module}.bias"):
-                if name in state and not (side == COLUMNS and name.endswith("bias")):
-                    axis = stored_axis(padded.get_submodule(linear.module), side) if name.endswith("weight") else ROWS
-                    full = torch.zeros(shapes[name], dtype=dtype)  # but for the first units
-                    state[name] = full.index_copy_(axis, linear.indices(range(kept), site.units), state[name])
-    layers = source.config_json["per_layer_config"].items()
-    losers = "|".join(str(int(number)) for number, layer in layers if layer.get("skip"))
-    for name in shapes.keys() - state.keys():
-        if losers and re.search(rf"\.({losers})\.", name):  # of a removed block, which stores nothing: it adds zeros
-            state[name] = torch.zeros(shapes[name], dtype=dtype)
-    missing, _ = padded.load_state_dict(state, assign=True, strict=False)
-    padded.tie_weights()
-    if without_weights := [name for name in missing if padded.get_parameter(name).is_meta]:
-        raise ModelError(f"{source.folder}: {without_weights[0]} is missing; write the model again")
-    padded.save_pretrained(path)
-    add_old_rope_keys(path / "config.json")
-    source.tokenizer.save_pretrained(path)
-    params = sum(weight.numel() for weight in padded.parameters())
-    result = _check_export(source, path, dtype, params, expected, type(padded).__name__, padded=True)
-    return replace(result, notes=(note,))
 
 
 def _load_rounded(source: ExportSource, dtype: torch.dtype) -> Any:

@@ -1,7 +1,5 @@
 """The export formats (uniform, per-layer, gguf, onnx) in one table, and `export_run`, which writes and checks one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
 from prunetune.model.checksums import write_checksums
 from prunetune.model.config_checks import is_multimodal
-from prunetune.model.history import HISTORY_FILE
+from prunetune.model.provenance import HISTORY_FILE
 from prunetune.utils.files import PARTIAL, expand_path, explain_write_errors, require_disk_space, write_text
 
 # Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another
@@ -41,9 +39,6 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     "gguf": ExportFormat(gguf.export_gguf, gguf.DTYPES, ".gguf"),
     "onnx": ExportFormat(export_onnx, ("f32",)),
 }
-
-
-BYTES_PER_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a weight
 
 
 def export_run(
@@ -75,7 +70,7 @@ def export_run(
     path = expand_path(out) if out else exports
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists already: name another path with --out, or remove it")
-    require_disk_space(path.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
+    require_disk_space(path.parent, source.params * convert.DTYPES.get(options.dtype, source.dtype).itemsize)
     partial = path.with_name(path.name + PARTIAL)
     with explain_write_errors(path):
         _remove(partial)

@@ -1,7 +1,5 @@
 """The model card (README.md) of a checkpoint and of an export."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +10,9 @@ import yaml
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
-from prunetune.model.history import PruningRun
-from prunetune.model.license import LicenseInfo
+from prunetune.model.provenance import LicenseInfo, PruningRun
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, UnitKind, kept_params
+from prunetune.pruning.units import Site, UnitKind, kept_params, prunable_params
 from prunetune.utils.untrusted import markdown_code, markdown_text
 
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
@@ -61,33 +58,103 @@ class Provenance:
 
 def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     """README.md of the model folder: where the model comes from, what was removed, its scores, how to open it."""
-    layouts = [provenance.config.layout, *(run.layout for run in provenance.history)]
-    usage = _usage_section(layouts[-1])
+    config, manifest, history, licence = provenance.config, provenance.manifest, provenance.history, provenance.licence
+    titles, sections = provenance.titles, []
+
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}  # for the hub
+    base = [*(run.model for run in history), config.model][0].partition("@")[0]  # without a revision
+    if base.count("/") == 1 and base[0] not in "./~":
+        values["base_model"] = base
+    if licence.id:
+        fields = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
+        values |= {key: value for key, value in fields.items() if value}
+    sections.append(f"---\n{yaml.safe_dump(values | {'tags': ['prunetune', 'pruning']}, sort_keys=False)}---")
+    sections.append(f"# {markdown_text(config.model)}, tuned and pruned")
+
+    kinds, cuts = {site.kind for site in sites}, manifest.cuts
+    blocks = " and ".join(kind.label for kind in UnitKind if kind in kinds)  # only these were pruned
+    before = ", ".join(f"{cut.step}" for cut in cuts)
+    dense, vocabulary = manifest.model, ""
+    if dense.tokens and dense.kept_tokens:
+        vocabulary = (
+            f"{dense.kept_tokens:,} of {dense.tokens:,} tokens remain. The dense model was scored with these tokens, "
+            "too; its sizes are with all.\n"
+        )
+    within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {before} of {config.train.steps})"
+    sections.append(
+        f"Made by prunetune from {markdown_code(config.model)}: tuned and pruned in one run{within if cuts else ''}.\n"
+        f"{100 * kept_params(sites, plan) / prunable_params(sites):.1f}% of the {blocks} parameters remain (layout "
+        f"{config.layout}).\n{vocabulary}`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
+    )
+    usage = _usage_section([config.layout, *(run.layout for run in history)][-1])
     if any(f".{part}." in sites[0].name for part in ("language_model", "text_model")):  # inside a multimodal model
         usage = usage.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
-    sections = [
-        _front_matter(provenance),
-        f"# {markdown_text(provenance.config.model)}, tuned and pruned",
-        _summary(provenance, plan, sites),
-        usage,
-        _history_section(provenance.history),
-        _size_section(provenance),
-        _score_section(provenance),
-        _provenance_section(provenance),
-        _licence_section(provenance.licence),
-    ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    sections.append(usage)
 
+    if len(history) > 1:
+        lines = ["## History", "", "Pruned by these runs, one after the other:", ""]
+        for number, run in enumerate(history, start=1):
+            recipe = f" (recipe SHA-256 {markdown_code(run.recipe_sha256)})" if run.recipe_sha256 else ""
+            lines.append(
+                f"{number}. {markdown_code(run.model)}: {100 * run.kept:.1f}% of the prunable parameters kept in "
+                f"{run.steps} steps, layout {markdown_text(run.layout)}: {run.params / 1e6:,.1f} M parameters{recipe}"
+            )
+        sections.append("\n".join(lines))
 
-def _history_section(history: Sequence[PruningRun]) -> str:
-    """One line for each run, where there was more than one."""
-    lines = [
-        f"{number}. {markdown_code(run.model)}: {100 * run.kept:.1f}% of the prunable parameters kept in {run.steps} "
-        f"steps, layout {markdown_text(run.layout)}: {run.params / 1e6:,.1f} M parameters"
-        + (f" (recipe SHA-256 {markdown_code(run.recipe_sha256)})" if run.recipe_sha256 else "")
-        for number, run in enumerate(history, start=1)
-    ]
-    return "\n".join(["## History", "", "Pruned by these runs, one after the other:", "", *lines]) if lines[1:] else ""
+    pruned = manifest.pruned
+    if dense.bytes is not None and pruned.bytes is not None:
+        lines = ["## Size", "", f"| | {titles['dense']} | this model |", "|---|---:|---:|"]
+        for title, old, new, unit in (
+            ("parameters", dense.params, pruned.params, "M"),
+            ("of them in the decoder", dense.decoder_params, pruned.decoder_params, "M"),
+            (f"weights on disk, {markdown_text(str(pruned.dtype))}", dense.bytes, pruned.bytes, "MB"),
+        ):
+            if old is not None and new is not None:
+                lines.append(f"| {title} | {old / 1e6:,.1f} {unit} | {new / 1e6:,.1f} {unit} |")
+        sections.append("\n".join(lines))
+
+    if scores := provenance.scores:
+        computed = f", computed in {markdown_text(manifest.dtype)}" if manifest.dtype else ""
+        lines = ["## Scores", "", f"On the run's test split{computed}, ± standard error.", ""]
+        names = [name for name in titles if any(name in row.scores for row in scores)]
+        lines.append("| task | metric | items |" + "".join(f" {titles[name]} |" for name in names))
+        lines.append("|---|---|---:|" + "---:|" * len(names))
+        for row in scores:
+            items = max(n for *_, n in row.scores.values())
+            line = f"| {markdown_text(row.task)} | {markdown_text(row.metric)} | {items} |"
+            for name in names:
+                value, error, _ = row.scores.get(name, (math.nan, math.nan, 0))
+                plus_minus = "" if math.isnan(error) else f" ± {error:.3f}"
+                line += " – |" if math.isnan(value) else f" {value:.3f}{plus_minus} |"
+            lines.append(line)
+        sections.append("\n".join(lines))
+
+    lines = ["## Provenance", ""]
+    for index, environment in enumerate(manifest.known_environments):
+        versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+        commit = f"; prunetune at commit {markdown_code(environment.commit)}" if environment.commit else ""
+        lines.append(f"- {'made' if index == 0 else 'resumed'} with {markdown_text(versions)}{commit}")
+    defaults = _option_values(RunConfig())
+    changed = ", ".join(
+        markdown_code(f"{name}: {value}")
+        for name, value in _option_values(config).items()
+        if value != defaults[name] and name not in UNPUBLISHED_OPTIONS
+    )
+    lines.append(f"- recipe, where it is not the default: {changed or 'all of it is'}")
+    if chosen := manifest.learning_rate.description:
+        lines.append(f"- learning rate {markdown_text(chosen)}")
+    if provenance.recipe_sha256:
+        lines.append(f"- SHA-256 of the run's config.yaml: `{provenance.recipe_sha256}`")
+    for split, digest in manifest.data.hashes.items():
+        lines.append(f"- SHA-256 of the data, {markdown_text(split)}: {markdown_code(digest)}")
+    sections.append("\n".join(lines))
+
+    terms = "The licence of the base model applies; the base does not name one where it was read."
+    if licence.id:
+        name, link = licence.name and f" ({licence.name})", licence.link and f", {licence.link}"
+        terms = markdown_text(f"That of the base model applies: {licence.id}{name}{link}, as {licence.where} says.")
+    sections.append(f"## Licence\n\n{terms}")
+    return "\n\n".join(sections) + "\n"
 
 
 def format_export_card(card: str, layout: str, description: str) -> str:
@@ -96,42 +163,6 @@ def format_export_card(card: str, layout: str, description: str) -> str:
     head = head.partition("\n\n```python")[0]
     note = f"This is an export: {description}. Sizes and scores below are of the model that it was made from."
     return f"{head}\n\n{note}\n\n{ONNX_USAGE if layout == 'onnx' else _usage_section(layout)}{heading}{rest}"
-
-
-def _front_matter(provenance: Provenance) -> str:
-    """The YAML block that the Hugging Face Hub reads."""
-    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    model, licence = [*(run.model for run in provenance.history), provenance.config.model][0], provenance.licence
-    model = model.partition("@")[0]  # without a revision
-    if model.count("/") == 1 and model[0] not in "./~":
-        values["base_model"] = model
-    if licence.id:
-        fields = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
-        values |= {key: value for key, value in fields.items() if value}
-    text: str = yaml.safe_dump(values | {"tags": ["prunetune", "pruning"]}, sort_keys=False)
-    return f"---\n{text}---"
-
-
-def _summary(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
-    share = kept_params(sites, plan) / sum(site.params for site in sites)
-    kinds = {site.kind for site in sites}  # only these were pruned
-    blocks = " and ".join(kind.label for kind in UnitKind if kind in kinds)
-    cuts = provenance.manifest.cuts
-    steps = ", ".join(f"{cut.step}" for cut in cuts)
-    within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {steps} of {provenance.config.train.steps})"
-    base, dense = markdown_code(provenance.config.model), provenance.manifest.model
-    vocabulary = ""
-    if dense.tokens and dense.kept_tokens:
-        vocabulary = (
-            f"{dense.kept_tokens:,} of {dense.tokens:,} tokens remain. Scores of the dense model are with these "
-            "tokens, too, and sizes with all;\n"
-        )
-    return (
-        f"Made by prunetune from {base}: tuned and pruned in one run{within if cuts else ''}.\n"
-        f"{100 * share:.1f}% of the {blocks} parameters remain (layout {provenance.config.layout});\n"
-        f"{vocabulary}"
-        "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
-    )
 
 
 def _usage_section(layout: str) -> str:
@@ -144,72 +175,6 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
 ```{f"{chr(10)}{chr(10)}{REMOTE_CODE_NOTE}" if code else ""}"""
 
 
-def _size_section(provenance: Provenance) -> str:
-    dense, pruned = provenance.manifest.model, provenance.manifest.pruned
-    if dense.bytes is None or pruned.bytes is None:
-        return ""
-    rows = [
-        ("parameters", dense.params, pruned.params, "M"),
-        ("of them in the decoder", dense.decoder_params, pruned.decoder_params, "M"),
-        (f"weights on disk, {markdown_text(str(pruned.dtype))}", dense.bytes, pruned.bytes, "MB"),
-    ]
-    lines = [
-        f"| {title} | {before / 1e6:,.1f} {unit} | {after / 1e6:,.1f} {unit} |"
-        for title, before, after, unit in rows
-        if before is not None and after is not None
-    ]
-    return "\n".join(["## Size", "", f"| | {provenance.titles['dense']} | this model |", "|---|---:|---:|", *lines])
-
-
-def _score_section(provenance: Provenance) -> str:
-    scores, titles, manifest = provenance.scores, provenance.titles, provenance.manifest
-    if not scores:
-        return ""
-    names = [name for name in titles if any(name in row.scores for row in scores)]
-    head = ["| task | metric | items |" + "".join(f" {titles[name]} |" for name in names)]
-    head.append("|---|---|---:|" + "---:|" * len(names))
-    lines = [
-        f"| {markdown_text(row.task)} | {markdown_text(row.metric)} | {max(n for *_, n in row.scores.values())} |"
-        + "".join(f" {_format_score(row.scores.get(name))} |" for name in names)
-        for row in scores
-    ]
-    computed = f", computed in {markdown_text(manifest.dtype)}" if manifest.dtype else ""
-    return "\n".join(["## Scores", "", f"On the run's test split{computed}, ± standard error.", "", *head, *lines])
-
-
-def _format_score(score: tuple[float, float, int] | None) -> str:
-    if score is None or math.isnan(score[0]):
-        return "–"
-    value, error, _ = score
-    return f"{value:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
-
-
-def _provenance_section(provenance: Provenance) -> str:
-    manifest = provenance.manifest
-    made_with = [
-        markdown_text(", ".join(f"{name} {version}" for name, version in environment.versions.items()))
-        + (f"; prunetune at commit {markdown_code(environment.commit)}" if environment.commit else "")
-        for environment in manifest.known_environments
-    ]
-    values, defaults = _option_values(provenance.config), _option_values(RunConfig())
-    changed = ", ".join(
-        markdown_code(f"{name}: {value}")
-        for name, value in values.items()
-        if value != defaults[name] and name not in UNPUBLISHED_OPTIONS
-    )
-    lines = ["## Provenance", ""]
-    lines += [f"- {'made' if index == 0 else 'resumed'} with {text}" for index, text in enumerate(made_with)]
-    lines += [f"- recipe, where it is not the default: {changed or 'all of it is'}"]
-    chosen = manifest.learning_rate.description
-    lines += [f"- learning rate {markdown_text(chosen)}"] if chosen else []
-    lines += [f"- SHA-256 of the run's config.yaml: `{provenance.recipe_sha256}`"] if provenance.recipe_sha256 else []
-    lines += [
-        f"- SHA-256 of the data, {markdown_text(split)}: {markdown_code(digest)}"
-        for split, digest in manifest.data.hashes.items()
-    ]
-    return "\n".join(lines)
-
-
 def _option_values(config: RunConfig) -> dict[str, Any]:
     """The value of every option, by its dotted path."""
     values = {}
@@ -219,13 +184,3 @@ def _option_values(config: RunConfig) -> dict[str, Any]:
             value = getattr(value, name)
         values[path] = list(value) if isinstance(value, tuple) else value
     return values
-
-
-def _licence_section(licence: LicenseInfo) -> str:
-    if not licence.id:
-        return "## Licence\n\nThe licence of the base model applies; the base does not name one where it was read."
-    name = f" ({licence.name})" if licence.name else ""
-    link = f", {licence.link}" if licence.link else ""
-    return "## Licence\n\n" + markdown_text(
-        f"That of the base model applies: {licence.id}{name}{link}, as {licence.where} says."
-    )

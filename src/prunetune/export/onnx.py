@@ -5,8 +5,6 @@ padded on the left, as for generation. It has no key-value cache: it is for scor
 than for long answers. Weights are in a file of their own, as a graph may hold 2 GB at most.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

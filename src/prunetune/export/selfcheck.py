@@ -1,7 +1,5 @@
 """Open a written checkpoint in a fresh process with stock transformers, and compare its logits."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -59,6 +57,12 @@ class SelfCheck:
 def compute_logits(model: Any, tokens: Tensor) -> Tensor:
     """[B, T] ids -> [B, T, V] float32 logits on the CPU."""
     return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()  # type: ignore[no-any-return]
+
+
+def compare_logits(logits: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Root mean square error as a share of the expected logits' root mean square; share of equal most likely tokens."""
+    same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    return float((logits - expected).norm() / expected.norm()), float(same)
 
 
 def check_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,25 +11,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from prunetune.config.yaml_file import read_yaml
-from prunetune.errors import ModelError
+from prunetune.errors import ModelError, PlanError
 from prunetune.export.checkpoint import edit_json
-from prunetune.export.source_checks import check_source
+from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
 from prunetune.model.config_checks import auto_class, check_config_values
 from prunetune.model.per_layer_classes import register_folder
-from prunetune.model.per_layer_code import build_meta_model, write_code
-from prunetune.model.per_layer_config import PerLayerNames, dense_config, width_option_names
+from prunetune.model.per_layer_code import PerLayerNames, build_meta_model, dense_config, width_option_names, write_code
 from prunetune.model.reduced_vocabulary import reduced_model_of
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.plan import Plan
-from prunetune.pruning.families import head_counts
+from prunetune.pruning.families import get_family, head_counts
+from prunetune.pruning.linears import COLUMNS, stored_axis
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.utils.failures import reading_model_files
 from prunetune.utils.untrusted import parse_json, read_text
 
+log = logging.getLogger(__name__)
 Layout = Literal["uniform", "per-layer"]
 PROBE_LENGTH = 32  # tokens in a row of a self-check
 
@@ -44,7 +46,7 @@ class ExportSource:
 
     @classmethod
     def open(cls, path: Path, *, trust_remote_code: bool = False) -> ExportSource:
-        """Open a run folder or a model folder, and check it.
+        """Open a run folder or a model folder, and check files, architecture, widths and checksums, in this order.
 
         Raises `ModelError` or `PlanError` if a part is missing, damaged or of another model.
         """
@@ -64,7 +66,20 @@ class ExportSource:
             source = cls(path, None, "", trust_remote_code)
         else:
             raise ModelError(f"{path} is no run folder (no config.yaml) and no model folder (no config.json)")
-        check_source(source)
+        folder = source.folder
+        if missing := [file.name for file in safetensors_files(folder) if not file.is_file()]:
+            raise ModelError(f"{folder}: {missing[0]} is missing; copy the folder again, or write the model again")
+        try:
+            if not source.tensor_files:
+                raise ModelError(f"{folder} holds no weights (*.safetensors); copy the folder again")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder}: a .safetensors file is not whole ({error}); copy the folder again") from error
+        if (folder / "adapter_config.json").exists():  # which names a folder or hub model to open instead
+            raise ModelError(f"{folder} holds an adapter, and export needs whole weights: merge it into its model")
+        get_family(source.config)  # raises for an unknown architecture
+        _check_widths(source)
+        if not verify_checksums(folder):
+            log.info("%s has no %s: its files are not verified", folder, CHECKSUM_FILE)
         return source
 
     @property
@@ -219,3 +234,32 @@ class LayerWidths:
     query_heads: int
     kv_heads: int
     mlp_channels: int
+
+
+def _check_widths(source: ExportSource) -> None:
+    """Check that plan.json, config.json and the tensors have the same widths."""
+    heads = head_counts(source.config)
+    plan_widths = source.plan.widths() if source.plan else {}
+    if any(":" in name for name in plan_widths):  # of blocks, layers or experts, which `source.sites` does not have
+        plan_widths = {}
+    is_of_another_model = bool(plan_widths) and not any(site.name in plan_widths for site in source.sites)
+    for site in source.sites:
+        layer = source.layer_widths[site.layer]
+        if site.kind is UnitKind.KV_GROUP:
+            units, columns = layer.kv_heads, layer.query_heads * heads.head_dim
+        else:
+            units = columns = layer.mlp_channels
+        # A run that prunes other kinds, or a model that has lost this block before, has no such site.
+        if plan_widths.get(site.name, units) != units or is_of_another_model:
+            raise PlanError(
+                f"{source.folder}/plan.json keeps {plan_widths.get(site.name, 'no')} units at {site.name} and "
+                f"config.json says {units}: the plan is of another model; put back the plan.json of this one"
+            )
+        module = site.consumer.module if site.consumer else ""
+        name, axis = f"{module}.weight", stored_axis(source.meta_model.get_submodule(module), COLUMNS)
+        stored_columns = source.shape(name)[axis] if name in source.tensor_files else columns
+        if stored_columns != columns:
+            raise ModelError(
+                f"{source.folder}: {name} has {stored_columns} columns and config.json asks for {columns}: "
+                "weights and configuration do not belong together; copy them again"
+            )

@@ -5,8 +5,6 @@ for the memory of one layer's activations instead of all layers'. The checkpoint
 mode only, and the search runs in eval mode.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

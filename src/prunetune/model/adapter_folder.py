@@ -1,7 +1,5 @@
 """Folders that hold a LoRA adapter of PEFT: written, and merged into their base once and kept in the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import warnings
@@ -92,6 +90,7 @@ def write_adapter_folder(model: Any, folder: Path, base: str) -> None:
 def _merge(name: str, base: str, folder: Path, merged: Path) -> None:
     from peft import PeftConfig, PeftModel
     from safetensors import safe_open
+    from transformers import AutoTokenizer
 
     try:
         loaded = load_model_and_tokenizer(base, device=torch.device("cpu"), dtype=torch.float32)
@@ -113,12 +112,11 @@ def _merge(name: str, base: str, folder: Path, merged: Path) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             adapted: Any = PeftModel.from_pretrained(model, folder, config=config)
         model = adapted.merge_and_unload(safe_merge=True)
-    tokenizer = load_tokenizer(base) if not (folder / "tokenizer.json").is_file() else _own_tokenizer(name, folder)
+    if (folder / "tokenizer.json").is_file():
+        with reading_model_files(
+            f"model {name}: its tokenizer cannot be read", "remove it, so that its base's is used"
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    else:
+        tokenizer = load_tokenizer(base)
     save_in_cache(model.to(loaded.checkpoint_dtype), tokenizer, merged)
-
-
-def _own_tokenizer(name: str, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    with reading_model_files(f"model {name}: its tokenizer cannot be read", "remove it, so that its base's is used"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -3,8 +3,6 @@
 Verified wherever a folder's weights are read: by runs, `eval`, `check`, `bench` and `export`.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +38,14 @@ def verify_checksums(folder: Path) -> bool:
     """
     if not (folder / CHECKSUM_FILE).is_file():
         return False
-    digests = _read_digests(folder / CHECKSUM_FILE)
+    file = folder / CHECKSUM_FILE
+    try:
+        lines = (line.split("  ", 1) for line in file.read_text(encoding="utf-8").splitlines())
+        digests = {name: digest for digest, name in lines}
+        if outside := [name for name in digests if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"{outside[0]} lies outside the folder")
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); copy the folder again") from error
     if missing := [name for name in digests if not (folder / name).is_file()]:
         raise ModelError(f"{folder}: {missing[0]} is missing; copy the folder again, or write the model again")
     found = (file.relative_to(folder).as_posix() for pattern in MODEL_FILES for file in folder.rglob(pattern))
@@ -65,15 +70,3 @@ def verify_checksums(folder: Path) -> bool:
             )
     _verified[folder.resolve()] = identities
     return True
-
-
-def _read_digests(file: Path) -> dict[str, str]:
-    """File name -> digest; raises `ModelError` if the file has another format or names a file outside its folder."""
-    try:
-        lines = (line.split("  ", 1) for line in file.read_text(encoding="utf-8").splitlines())
-        digests = {name: digest for digest, name in lines}
-        if outside := [name for name in digests if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ValueError(f"{outside[0]} lies outside the folder")
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); copy the folder again") from error
-    return digests

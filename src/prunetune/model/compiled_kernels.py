@@ -5,8 +5,6 @@ whole layers would fuse more, but takes minutes where layers may have any width.
 adapter is attached to them.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -43,7 +41,14 @@ def _compiled_forward(module_class: type[nn.Module]) -> Callable[..., Any] | Non
     if ROTARY in forward.__code__.co_names:
         return _copy_function(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
     is_gated_mlp = _code_signature(forward) in map(_code_signature, (_mlp, _mlp_in_two_statements))
-    return _gated_mlp_forward(_compiled(_gated_activation)) if is_gated_mlp else None
+    if not is_gated_mlp:
+        return None
+    gated_activation = _compiled(_gated_activation)
+
+    def gated_mlp(self: Any, x: Tensor) -> Any:  # its linears are still called as modules: gates and adapters work
+        return self.down_proj(gated_activation(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+
+    return gated_mlp
 
 
 @functools.cache
@@ -84,15 +89,6 @@ def _copy_function(
 
 def _gated_activation(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     return activation(gate) * up
-
-
-def _gated_mlp_forward(gated_activation: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The forward of a gated MLP. Its linears are still called as modules, so that gates and adapters work."""
-
-    def forward(self: Any, x: Tensor) -> Any:
-        return self.down_proj(gated_activation(self.act_fn, self.gate_proj(x), self.up_proj(x)))
-
-    return forward
 
 
 # The two ways in which transformers writes a gated MLP, which is recognised by its bytecode.

@@ -1,7 +1,5 @@
 """Checks of config.json: values that no model can have, and models that cannot be pruned, told before any is built."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Opening a .gguf file: it is dequantised once into a model folder in the cache, and opened from there."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -29,18 +27,14 @@ def dequantize_gguf(file: Path) -> Path:
 
     Raises `ModelError` where transformers cannot read the file or its tokenizer.
     """
-    status = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
-    if not folder.is_dir():
-        _convert(file, folder)
-    return folder
-
-
-def _convert(file: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    status = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
+    if folder.is_dir():
+        return folder
     with reading_model_files(f"model {file}: cannot be read as GGUF", "check the file or fetch it again"):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
@@ -57,6 +51,7 @@ def _convert(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     save_in_cache(model.to(STORAGE_DTYPE), tokenizer, folder)
+    return folder
 
 
 def save_in_cache(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Hub models at a revision, owner/name@revision: fetched into the hub's cache, and opened as a folder."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path

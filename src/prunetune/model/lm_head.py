@@ -3,8 +3,6 @@
 Shapes: B sequences of T tokens, N positions of a pass, H hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Loading a model, its configuration and its tokenizer from a folder, a hub name, a .gguf file or the word `demo`."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
@@ -78,7 +76,13 @@ def resolve_model_path(name: str) -> str:
             from prunetune.model.adapter_folder import merge_adapter_folder
 
             return str(merge_adapter_folder(name, path))
-        _raise_if_no_model_folder(name, path)
+        if not (path / "config.json").is_file():
+            runs = [folder for folder in (path / "model", *sorted(path.glob("sizes/*/model"))) if folder.is_dir()]
+            if runs:
+                raise ModelError(f"model {name}: the folder is a run; name its model, {runs[0]}")
+            configs = [file for kind in ("config", "adapter_config") for file in sorted(path.glob(f"*/{kind}.json"))]
+            inside = f"one in it that has, {configs[0].parent}" if configs else "the folder that save_pretrained wrote"
+            raise ModelError(f"model {name}: the folder has no config.json; name {inside}")
         register_folder(path)
         return str(path)
     if not path.exists() and split_revision(name)[1]:
@@ -96,16 +100,6 @@ def resolve_model_path(name: str) -> str:
             f"(a hub model opens after: hf download {name}){_did_you_mean(path)}"
         )
     return name
-
-
-def _raise_if_no_model_folder(name: str, path: Path) -> None:
-    """Refuse folders without a configuration."""
-    if not (path / "config.json").is_file():
-        runs = [folder for folder in (path / "model", *sorted(path.glob("sizes/*/model"))) if folder.is_dir()]
-        configs = [file for kind in ("config", "adapter_config") for file in sorted(path.glob(f"*/{kind}.json"))]
-        holds = f"the folder is a run; name its model, {runs[0]}" if runs else "the folder has no config.json; name "
-        inside = f"one in it that has, {configs[0].parent}" if configs else "the folder that save_pretrained wrote"
-        raise ModelError(f"model {name}: {holds}" + ("" if runs else inside))
 
 
 def _did_you_mean(path: Path) -> str:

@@ -4,8 +4,6 @@ The code of a model is generated from its configuration, by the templates that t
 both build the same model.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from functools import cache

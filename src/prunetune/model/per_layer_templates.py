@@ -1,7 +1,5 @@
 """The source text that generated modules are put together from; existing checkpoints are compared with it."""
 
-from __future__ import annotations
-
 from string import Template
 
 CONFIGURATION_TEMPLATE = Template('''\

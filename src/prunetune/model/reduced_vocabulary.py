@@ -1,12 +1,11 @@
 """A model with fewer tokens: its tokenizer in memory, and its folder, written file by file, one shard in memory."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from prunetune.utils.untrusted import parse_json, read_text
 
 VOCABULARY_FILE = "vocabulary.json"  # which tokens of the original model were kept
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+REWRITTEN_FILES = {
+    CHECKSUM_FILE, INDEX_FILE, VOCABULARY_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
 COPIED_SUFFIXES = (".json", ".py", ".md", ".txt", "")  # configurations, code, card, licence
 
@@ -46,13 +45,15 @@ def choose_vocabulary(
 
     Raises `ModelError` where tokenizer or model cannot be pruned, and `ConfigError` for a size that is too small.
     """
-    values = tokenizer_json(name, tokenizer)
+    from transformers import GenerationConfig
+
     vocabulary_tensors(meta_model)  # raises for a model that cannot be pruned
     named_ids = token_ids_in(meta_model.config.to_dict()) | set(tokenizer.all_special_ids)
-    named_ids |= token_ids_in(_generation_config(name))
+    with suppress(OSError):  # there is no generation_config.json
+        named_ids |= token_ids_in(GenerationConfig.from_pretrained(resolve_model_path(name)).to_dict())
     rows = meta_model.get_input_embeddings().weight.shape[0]
     return choose_tokens(
-        values,
+        tokenizer_json(name, tokenizer),
         size,
         counts=counts,
         named_ids={token for token in named_ids if token < rows},
@@ -69,17 +70,15 @@ def tokenizer_json(name: str, tokenizer: Any) -> dict[str, Any]:
             "tokenizers that are a tokenizer.json can be pruned: leave budget.vocab out"
         )
     values: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return values
+    return values | {"padding": None, "truncation": None}  # which are of a call
 
 
 def reduce_tokenizer(name: str, tokenizer: Any, vocabulary: KeptVocabulary) -> Any:
     """The tokenizer with the kept tokens only; the given one is unchanged."""
     from tokenizers import Tokenizer
 
-    pruned = prune_tokenizer(tokenizer_json(name, tokenizer), vocabulary)
     reduced = copy.deepcopy(tokenizer)
-    reduced._tokenizer = Tokenizer.from_str(json.dumps(pruned))
-    _raise_if_numbered_otherwise(name, tokenizer, reduced, vocabulary)
+    reduced._tokenizer = Tokenizer.from_str(json.dumps(prune_tokenizer(tokenizer_json(name, tokenizer), vocabulary)))
     return reduced
 
 
@@ -88,71 +87,48 @@ def write_reduced_model(
 ) -> None:
     """Write the folder of a model with the kept tokens only, whole or not at all; dtype and all else are the model's.
 
-    Raises `ModelError` where what was written does not open with the tokens that it should have.
+    Raises `ModelError` where the tokenizer that was written does not open as it was.
     """
     meta_model = load_meta_model(name, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = reduce_tokenizer(name, load_tokenizer(name, trust_remote_code=trust_remote_code), vocabulary)
     source = Path(resolve_model_path(name))
     source = source if source.is_dir() else fetch_revision(name)
     with atomic_folder(folder) as partial:
         for file in sorted(source.iterdir()):
-            is_index = file.name.endswith(".index.json")
-            if file.name in TOKENIZER_FILES or file.name == CHECKSUM_FILE or is_index or not file.is_file():
-                continue
             if file.name in CONFIG_FILES:
                 values = prune_config(parse_json(file.read_bytes(), nan=True), vocabulary)
                 (partial / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            elif file.suffix in COPIED_SUFFIXES:
+            elif file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in REWRITTEN_FILES:
                 shutil.copyfile(file, partial / file.name)
         _write_weights(source, partial, meta_model, vocabulary)
-        reduced = reduce_tokenizer(name, tokenizer, vocabulary)
-        reduced.save_pretrained(partial)
-        (partial / VOCABULARY_FILE).write_text(vocabulary.to_json(), encoding="utf-8")
-        reopened = load_tokenizer(str(partial), trust_remote_code=trust_remote_code)
-        _raise_if_numbered_otherwise(name, tokenizer, reopened, vocabulary)
+        tokenizer.save_pretrained(partial)
+        (partial / VOCABULARY_FILE).write_text(json.dumps(asdict(vocabulary)) + "\n", encoding="utf-8")
+        reopened = tokenizer_json(name, load_tokenizer(str(partial), trust_remote_code=trust_remote_code))
+        if changed := [key for key, value in tokenizer_json(name, tokenizer).items() if reopened[key] != value]:
+            raise ModelError(
+                f"budget.vocab: the tokenizer of {name}, written with {vocabulary.rows:,} tokens, opens with another "
+                f"{changed[0]}, because its class makes its own: leave budget.vocab out"
+            )
         write_checksums(partial)
 
 
 def _write_weights(source: Path, folder: Path, meta_model: Any, vocabulary: KeptVocabulary) -> None:
     """Write every weight file anew, with the kept rows of embedding and head, and an index if there are several."""
-    # Files may hold a longer or a shorter name than the model's class: the last two parts are the same.
-    ends = {".".join(name.split(".")[-2:]) for name in vocabulary_tensors(meta_model)}
-    files, sizes, homes = safetensors_files(source), 0, {}
+    # Files may hold longer or shorter names than the model's class: the last two parts are the same.
+    ends = {tuple(name.split(".")[-2:]) for name in vocabulary_tensors(meta_model)}
+    files, homes, size = safetensors_files(source), {}, 0
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+            metadata = opened.metadata()
         for key, tensor in tensors.items():
-            if ".".join(key.split(".")[-2:]) in ends and tensor.shape[0] == vocabulary.original_rows:
-                tensors[key] = vocabulary.gather(tensor).contiguous()
-            homes[key] = file.name
-            sizes += tensors[key].nbytes
+            if tuple(key.split(".")[-2:]) in ends and tensor.shape[0] == vocabulary.original_rows:
+                tensors[key] = vocabulary.gather(tensor)
+            homes[key], size = file.name, size + tensors[key].nbytes
         save_file(tensors, folder / file.name, metadata)
     if len(files) > 1:
-        index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(homes.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
-
-
-def _raise_if_numbered_otherwise(name: str, original: Any, reduced: Any, vocabulary: KeptVocabulary) -> None:
-    """Raises `ModelError` if any token of the reduced tokenizer has another id than it should have."""
-    new_ids = vocabulary.new_ids
-    expected = {token: new_ids[old] for token, old in original.get_vocab().items() if old in new_ids}
-    if reduced.get_vocab() != expected:
-        odd = sorted(set(reduced.get_vocab().items()) ^ set(expected.items()), key=lambda item: item[1])[0]
-        raise ModelError(
-            f"budget.vocab: the tokenizer of {name}, reopened with {len(expected):,} tokens, has other ids than it was "
-            f"given ({odd[0]!r}: {odd[1]}); its ids have gaps, or its class rebuilds them: leave budget.vocab out"
-        )
-
-
-def _generation_config(name: str) -> dict[str, Any]:
-    """The values of generation_config.json; none where there is no such file."""
-    from transformers import GenerationConfig
-
-    with suppress(OSError):
-        return dict(GenerationConfig.from_pretrained(resolve_model_path(name)).to_dict())
-    return {}
+        index = {"metadata": {"total_size": size}, "weight_map": homes}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 # -- the folder in a run -----------------------------------------------------------------------------------------------
@@ -173,4 +149,5 @@ def read_vocabulary(folder: Path) -> KeptVocabulary:
     """The tokens that the reduced model in a folder kept; raises `ModelError` where a file is not what was written."""
     verify_checksums(folder)
     with reading_model_files(f"{folder}/{VOCABULARY_FILE} cannot be read", "remove the folder, to have it made anew"):
-        return KeptVocabulary.from_json(read_text(folder / VOCABULARY_FILE))
+        values = parse_json(read_text(folder / VOCABULARY_FILE))
+        return KeptVocabulary(**{**values, "kept": tuple(values["kept"])})

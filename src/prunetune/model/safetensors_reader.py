@@ -1,10 +1,9 @@
 """Which .safetensors files are a model's, and reading single tensors from them without loading the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -53,7 +52,7 @@ class SafetensorsReader:
     dtype: torch.dtype  # of the checkpoint
 
     @classmethod
-    def from_files(cls, files: Iterable[Path], dtype: torch.dtype = torch.float32) -> SafetensorsReader:
+    def from_files(cls, files: Iterable[Path], dtype: torch.dtype = torch.float32) -> Self:
         """Find the tensors in files; raises `SafetensorError` or `OSError` for one that cannot be read."""
         found: dict[str, Path] = {}
         for file in files:

@@ -4,8 +4,6 @@ transformers passes `cu_seq_lens_q` and `max_length_q` to the registered attenti
 Shapes: N tokens of a row, S sequences, H query heads, G key-value heads, D numbers of a head.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -41,34 +39,28 @@ def supports_packing(model: Any) -> bool:
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), torch.autocast(device.type, model.dtype, enabled=is_16_bit):  # adapters are float32
-            return _packed_matches_separate(model.eval(), device, is_16_bit=is_16_bit)
+            model.eval()
+            vocab_size, half = model.config.get_text_config().vocab_size, PROBE_TOKENS // 2
+            ids = (3 + 7919 * torch.arange(PROBE_TOKENS, device=device))[None] % vocab_size
+            bounds = torch.tensor([0, half, PROBE_TOKENS], dtype=torch.int32, device=device)
+            packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": half, "max_length_k": half}
+            positions = torch.arange(half, device=device).repeat(2)[None]
+            halves = (ids[:, :half], ids[:, half:])
+            separate = torch.cat([model(sequence, use_cache=False).logits for sequence in halves], dim=1).float()
+            with use_packed_attention(model):
+                packed = model(ids, position_ids=positions, use_cache=False, **packing).logits.float()
+            error = (packed - separate).abs()
+            if error.max() <= (TOLERANCE_16_BITS if is_16_bit else TOLERANCE_32_BITS) * separate.abs().max():
+                return True
+            # In 16 bits, rounding alone may move single logits far. There it is enough that the mean error of both
+            # sequences is at most a quarter of the error that attending to the other sequence would make.
+            unpacked_error = (model(ids, use_cache=False).logits.float() - separate)[:, half:].abs().mean()
+            limit = unpacked_error / 4
+            return is_16_bit and bool(error[:, half:].mean() <= limit and error[:, :half].mean() <= limit)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         return False
     finally:
         model.train(training)
-
-
-def _packed_matches_separate(model: Any, device: torch.device, *, is_16_bit: bool) -> bool:
-    """Whether packed sequences get the logits of separate ones.
-
-    In 16 bits, rounding alone may move single logits far. There it is enough that the mean error of both sequences is
-    at most a quarter of the error that attending to the other sequence would make.
-    """
-    vocab_size, half = model.config.get_text_config().vocab_size, PROBE_TOKENS // 2
-    ids = (3 + 7919 * torch.arange(PROBE_TOKENS, device=device))[None] % vocab_size
-    bounds = torch.tensor([0, half, PROBE_TOKENS], dtype=torch.int32, device=device)
-    packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": half, "max_length_k": half}
-    positions = torch.arange(half, device=device).repeat(2)[None]
-    halves = (ids[:, :half], ids[:, half:])
-    separate = torch.cat([model(sequence, use_cache=False).logits for sequence in halves], dim=1).float()
-    with use_packed_attention(model):
-        packed = model(ids, position_ids=positions, use_cache=False, **packing).logits.float()
-    error = (packed - separate).abs()
-    if error.max() <= (TOLERANCE_16_BITS if is_16_bit else TOLERANCE_32_BITS) * separate.abs().max():
-        return True
-    unpacked_error = (model(ids, use_cache=False).logits.float() - separate)[:, half:].abs().mean()
-    limit = unpacked_error / 4
-    return is_16_bit and bool(error[:, half:].mean() <= limit and error[:, :half].mean() <= limit)
 
 
 @contextmanager
@@ -108,18 +100,14 @@ def packed_attention(
     if s_aux is not None:
         raise TypeError("attention sinks are not supported by the kernel for packed sequences")
     rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    attend = _attend_by_kernel if query.is_cuda else _attend_one_by_one
-    return attend(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
-
-
-def _attend_by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
-) -> Tensor:
-    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    bounds, longest = cu_seq_lens_q, max_length_q
+    if not query.is_cuda:
+        return _attend_one_by_one(*rows, bounds, longest, scaling, sliding_window)[None], None
+    options: dict[str, Any] = {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
     options |= {"enable_gqa": True} if HAS_ENABLE_GQA else {}
-    result = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, **options)
+    result = varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, **options)
     assert isinstance(result, Tensor)
-    return result
+    return result[None], None
 
 
 def _attend_one_by_one(

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from prunetune.config.recipe import EvaluateConfig, RunConfig
-from prunetune.config.score_limits import QUALITY, ScoreLimit
-from prunetune.cost.parameters import prunable_params
+from prunetune.config.score_limits import QUALITY, STAGE_SCORE, ScoreLimit
 from prunetune.data.records import Record
-from prunetune.errors import ConfigError, DataError
+from prunetune.errors import ConfigError, DataError, LimitBroken
 from prunetune.evaluation.item_subset import stable_sample
-from prunetune.evaluation.kept_quality import kept_quality
+from prunetune.evaluation.kept_quality import absolute_quality, kept_quality
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.statistics import perplexity
 from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.units import kept_params
+from prunetune.pruning.units import kept_params, prunable_params
 from prunetune.runs.folder import TUNING_STAGE
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size
@@ -55,27 +54,49 @@ class ValidationMonitor:
     def score(self, model: Any, *, is_judged: bool = False) -> dict[str, float]:
         """`valid.accuracy`, and NLL, perplexity and accuracy of guard rows, as far as there are rows for them.
 
-        A model that is judged also gets `valid.quality`: the least that it keeps of the tuned dense model's scores.
+        A model that is judged also gets `valid.quality`, the least that it keeps of the tuned dense model's scores, and
+        those scores that have absolute limits.
         """
         valid, guard = self._score_rows(model, self.choice_rows), self._score_rows(model, self.guard_rows)
         scores = {"valid.accuracy": valid["accuracy"]} if "accuracy" in valid else {}
         scores |= {f"guard.{name}": value for name, value in guard.items()}
-        if is_judged and self.reference is not None:
-            shares = kept_quality(self.score_valid(model), self.reference, self.context.config.budget.quality_of)
+        return scores | (self._quality(self.score_valid(model)) if is_judged and self.reference is not None else {})
+
+    def _quality(self, evaluation: Evaluation) -> dict[str, float]:
+        budget, scores = self.context.config.budget, {}
+        if budget.quality and self.reference is not None:
+            shares = kept_quality(evaluation, self.reference, budget.quality_of)
             least = min(shares, key=lambda name: (not math.isnan(shares[name]), shares[name]))
             log.info("quality %.3f, of %s: %s", shares[least], least, _listed(shares))
             scores[QUALITY] = shares[least]
-        return scores
+        return scores | self._limited_scores(evaluation)
+
+    def _limited_scores(self, evaluation: Evaluation) -> dict[str, float]:
+        """The scores that have absolute limits."""
+        limits = map(ScoreLimit.of_stages, self.context.config.budget.quality_limits)
+        scores = absolute_quality(evaluation, [limit.metric.removeprefix(STAGE_SCORE) for limit in limits])
+        return {f"{STAGE_SCORE}{name}": value for name, value in scores.items()}
 
     def score_valid(self, model: Any) -> Evaluation:
         """The scores of valid that `budget.quality` is of: as many items of each task as at the end of a run."""
         return self._evaluate(model, self.context.splits.valid, self.context.config.evaluate.limit)
 
     def with_reference(self, load_tuned: Callable[[], Any]) -> ValidationMonitor:
-        """The same with the scores of the tuned dense model, if `budget.quality` needs them."""
-        if not self.context.config.budget.quality:
+        """The same with the scores of the tuned dense model, if the budget names a quality.
+
+        Raises `LimitBroken` where that model itself is outside an absolute limit.
+        """
+        if not self.context.config.budget.has_quality:
             return self
-        return replace(self, reference=self.score_valid(load_tuned()))
+        reference = self.score_valid(load_tuned())
+        scores = self._limited_scores(reference)
+        for limit in map(ScoreLimit.of_stages, self.context.config.budget.quality_limits):
+            if not limit.is_met(scores, {}):
+                raise LimitBroken(
+                    f"budget.quality_limits: of the tuned dense model {limit.describe(scores, {})}, so no smaller one "
+                    "is looked for: loosen the limit, or give more train.steps or another lora.dense_learning_rate"
+                )
+        return replace(self, reference=reference)
 
     def record_decision(self, record: JsonObject, plan: Plan) -> None:
         """Write the plan with its scores, such as `decisions/step-0000040.json`; rank 0 only."""
@@ -97,8 +118,8 @@ class ValidationMonitor:
 
 
 def score_limits(config: RunConfig) -> tuple[ScoreLimit, ...]:
-    """The limits of a recipe; `budget.quality` is one of them."""
-    limits = tuple(ScoreLimit.parse(text) for text in config.limits)
+    """The limits of a recipe; those of `budget.quality` and `budget.quality_limits` are among them."""
+    limits = (*map(ScoreLimit.parse, config.limits), *map(ScoreLimit.of_stages, config.budget.quality_limits))
     if not config.budget.quality:
         return limits
     return (*limits, ScoreLimit(QUALITY, ">=", config.budget.quality, is_relative=False, action="roll-back"))
@@ -141,7 +162,7 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
     every, schedule = context.config.train.validate_every, build_schedule(context.config)
     last_cut = schedule.search or schedule.cuts[-1].step  # a generator's decision is final where its search ends
     is_resumed = (context.folder.path / "config.yaml").exists()  # it was checked when the run began, maybe by 0.1.0
-    moving = any(limit.action != "stop" and limit.metric != QUALITY for limit in limits)
+    moving = any(limit.action != "stop" and not limit.is_of_stages for limit in limits)
     if every > last_cut and not is_resumed and moving:
         raise ConfigError(
             f"limits: no validation comes before the last decision at step {last_cut}, so there is nothing to go back "

@@ -6,8 +6,6 @@ teacher, the dense models' scores, the speed of all relative to the dense model,
 A run that was stopped continues in the size it was in.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Sequence
@@ -19,9 +17,8 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
-from prunetune.manifest import ModelSpeeds, SizeFacts
+from prunetune.manifest import SizeFacts
 from prunetune.model.loading import pick_device
-from prunetune.pipeline.drift import evaluate_drift
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor
 from prunetune.pipeline.prepare import Console, RunContext, prepare
@@ -38,6 +35,7 @@ from prunetune.pipeline.stages import (
     choose_learning_rate,
     dense_model_names,
     evaluate_all,
+    evaluate_drift,
     evaluate_models,
     load_model,
     make_teacher_factory,
@@ -51,9 +49,8 @@ from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
 from prunetune.utils.console import make_console
-from prunetune.utils.determinism import deterministic
+from prunetune.utils.determinism import derive_seed, deterministic
 from prunetune.utils.launch import rank_and_world_size
-from prunetune.utils.seeds import derive_seed
 
 
 def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
@@ -81,8 +78,16 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
             if any(not size.folder.read_manifest().gain for size in tuned):
                 with record_timing(context.folder, "bench"):
                     measure_gain(context.folder, [size.folder for size in tuned], context)
-            failures = [*_broken_limits(tuned, command), *([stopped] if stopped else [])]
-            if failures:
+            failures = []  # what is outside a limit, in words; each size's own report and history show it, too
+            for size in tuned:
+                try:
+                    with run_lifecycle(size.context, command):
+                        raise_if_limits_broken(size.context)
+                except SelfCheckFailed:
+                    raise
+                except LimitBroken as failed:
+                    failures.append(str(failed))
+            if failures := [*failures, *filter(None, [stopped])]:
                 raise LimitBroken("; ".join(failures))
     return context.folder.path
 
@@ -227,23 +232,7 @@ def _finish_and_evaluate(context: RunContext, sizes: Sequence[SizeRun], command:
         for name in names:
             if not size.folder.evaluation_file(name).exists():
                 shutil.copyfile(context.folder.evaluation_file(name), size.folder.evaluation_file(name))
-        dense_speed, speed = (folder.read_manifest().speed.to_dict() for folder in (context.folder, size.folder))
-        size.folder.update_manifest(speed=ModelSpeeds.from_dict(dense_speed | speed))
-        with run_lifecycle(size.context, command):
+        with run_lifecycle(size.context, command, is_final=False):
             finish(size.context)
             evaluate_all(size.context)
             measure_budgets(size.context)
-
-
-def _broken_limits(sizes: Sequence[SizeRun], command: str) -> list[str]:
-    """What is outside a limit, in words; each size's own report and history show it, too."""
-    failures = []
-    for size in sizes:
-        try:
-            with run_lifecycle(size.context, command):
-                raise_if_limits_broken(size.context)
-        except SelfCheckFailed:
-            raise
-        except LimitBroken as failed:
-            failures.append(str(failed))
-    return failures

@@ -1,7 +1,5 @@
 """What a run needs before training: model and data opened, options decided, and what cannot work refused."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter
@@ -12,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from prunetune.config.recipe import RunConfig
-from prunetune.cost.parameters import prunable_params
 from prunetune.cost.training_memory import (
     TrainingMemory,
     TrainingPhase,
@@ -26,7 +23,6 @@ from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.manifest import DataFacts
-from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     LoadedModel,
     load_meta_model,
@@ -35,6 +31,7 @@ from prunetune.model.loading import (
     pick_device,
     pick_dtype,
 )
+from prunetune.model.provenance import ModelIdentity
 from prunetune.model.reduced_vocabulary import (
     choose_vocabulary,
     read_vocabulary,
@@ -47,7 +44,7 @@ from prunetune.pipeline.plan_constraints import apply_budgets, make_plan_constra
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules, unprunable_params
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, prunable_params
 from prunetune.pruning.vocabulary import KeptVocabulary, prune_model
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.plan_rules import PlanConstraints
@@ -194,7 +191,11 @@ def prepare(
     with redaction.errors():
         encoded = _encode_splits(splits, tokenizer, meta_model, config)
     if config.train.epochs:
-        steps = _steps_of_epochs(config, encoded)
+        # A row counts as often as its weight says, and texts take their share of a batch.
+        rows = math.fsum(example.weight for example in encoded["train"].examples)
+        rows_per_step = config.train.batch_size * (1 - config.data.distill_texts_share * ("texts" in encoded))
+        steps = max(1, math.ceil(round(config.train.epochs * rows / rows_per_step, 6)))
+        log.info("train: %g epochs of %g rows are %d steps", config.train.epochs, rows, steps)
         config, recipe = (
             replace(each, train=replace(each.train, epochs=0.0, steps=steps)) for each in (config, recipe)
         )
@@ -206,7 +207,7 @@ def prepare(
             f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
             f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
-    if config.budget.quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
+    if config.budget.has_quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
         raise ConfigError(
             "budget.quality begins with the adapters of the tuned dense model: set lora.rank to at least "
             f"lora.dense_rank ({config.lora.dense_rank}), and launch without --use_fsdp"
@@ -305,15 +306,6 @@ def _encode_splits(
     return encoded
 
 
-def _steps_of_epochs(config: RunConfig, encoded: Mapping[SplitName, EncodedExamples]) -> int:
-    """The steps of `train.epochs`: a row counts as often as its weight says, and texts take their share of a batch."""
-    rows = math.fsum(example.weight for example in encoded["train"].examples)
-    rows_per_step = config.train.batch_size * (1 - config.data.distill_texts_share * ("texts" in encoded))
-    steps = max(1, math.ceil(round(config.train.epochs * rows / rows_per_step, 6)))
-    log.info("train: %g epochs of %g rows are %d steps", config.train.epochs, rows, steps)
-    return steps
-
-
 def _raise_if_not_resumable(folder: RunFolder, splits: Splits, base: ModelIdentity | None) -> None:
     """Raises `RunFolderError` for one size of a larger run, and if rows or model are not what the run began with."""
     try:
@@ -387,7 +379,7 @@ def disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConfi
     if config.train.weights == "all":
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
     # Two of the run, two of the dense tuned model, one in writing; more to go back to.
-    states = 8 if config.limits or config.budget.quality or config.train.keep_best else 5
+    states = 8 if config.limits or config.budget.has_quality or config.train.keep_best else 5
     sizes = len(config.budget.keeps)
     models = sizes + (config.budget.vocab != "off")  # the dense model with fewer tokens is written, too
     return sizes * states * 12 * adapter, models * 4 * weights + 64 * 2**20

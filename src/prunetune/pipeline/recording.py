@@ -1,7 +1,5 @@
 """What a run records: steps and scores to its folder, console and trackers; times, failures, report and history."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator
@@ -13,6 +11,8 @@ from prunetune.errors import LimitBroken
 from prunetune.manifest import EnvironmentFacts
 from prunetune.pipeline.prepare import RunContext, data_and_model_facts
 from prunetune.report import write_report
+from prunetune.report.run_folder import read_run
+from prunetune.report.scores import headline_table
 from prunetune.runs import history
 from prunetune.runs.folder import TUNING_STAGE, RunFolder, run_lock
 from prunetune.runs.trackers import Trackers, start_trackers
@@ -93,10 +93,13 @@ def record_origin(context: RunContext, command: str, **facts: Any) -> None:
 
 
 @contextmanager
-def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
-    """Lock the run folder for the block; whatever ends the block, the report and the history then show it."""
+def run_lifecycle(context: RunContext, command: str, *, is_final: bool = True) -> Iterator[None]:
+    """Lock the run folder for the block; whatever ends the block, the report and the history then show it.
+
+    The trackers get the scores and the report of a run that has them, unless another block follows (not `is_final`).
+    """
     folder, redaction = context.folder, context.config.report.redaction
-    with run_lock(folder), history.register_run(folder, context.reported_config, command), redaction.errors():
+    with run_lock(folder), history.record_status(folder), redaction.errors():
         try:
             yield
             folder.update_manifest(failed="")
@@ -105,6 +108,21 @@ def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
             raise
         finally:
             write_report(folder.path)
+            if is_final and context.config.report_to:
+                _send_result(context)
+
+
+def _send_result(context: RunContext) -> None:
+    """Send final scores, the table of scores and the report to the trackers, if there are scores."""
+    folder, config = context.folder, context.reported_config
+    evaluations = read_run(folder.path).evaluations
+    if "pruned" not in evaluations:
+        return
+    headings, rows = headline_table(evaluations)
+    lines = [[heading.removeprefix(">") for heading in headings], ["---"] * len(headings), *rows]
+    table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    with start_trackers(config, folder, cpu=context.device.type == "cpu") as trackers:
+        trackers.log_result(history.final_scores(folder), table, folder.path / "report.html", config.train.steps)
 
 
 def raise_if_limits_broken(context: RunContext) -> None:
@@ -115,9 +133,9 @@ def raise_if_limits_broken(context: RunContext) -> None:
         for limit in (*manifest.limits.limits, *manifest.gain.limits)
         if not limit.is_met
     ]
-    if quality := context.config.budget.quality:
+    if context.config.budget.has_quality:
         reasons += [
-            f"budget.{budget.budget} ({budget.words}) is not met: no smaller model keeps budget.quality {quality:g}"
+            f"budget.{budget.budget} ({budget.words}) is not met: no smaller model keeps the quality"
             for budget in manifest.budgets
             if budget.counted is not None and budget.limit is not None and budget.counted > budget.limit * (1 + 1e-9)
         ]

@@ -1,13 +1,12 @@
-"""The required gain: how much smaller and faster a run's model is than the dense one, and why if a margin is missed.
+"""The gain: how much smaller and faster a run's model is than the dense one, and why if a required margin is missed.
 
 The dense and a pruned model are timed in turns in this process, so that what slows the machine slows both. Several
 sizes are timed one pair after the other, which needs no more memory than tuning did.
 """
 
-from __future__ import annotations
-
 import gc
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from prunetune.bench.measure_models import measure_in_process
 from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel
+from prunetune.bench.runner_protocol import OutOfMemory
 from prunetune.bench.tile_alignment import SHOWN, TILE, misaligned_widths
 from prunetune.config.recipe import RequireConfig, RunConfig
 from prunetune.manifest import FigureFacts, GainFacts, LimitFacts, SpeedupFacts
@@ -26,18 +26,29 @@ from prunetune.pruning.units import Site
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import write_text
 
+log = logging.getLogger(__name__)
 SPEED_METRICS = ("throughput", "prefill", "decode")
+SHORT_REQUEST = {"prompt": 256, "generate": 17, "runs": 5}  # at most, where no margin is required
 
 
 def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: RunContext) -> None:
-    """Time each folder's model in turns with its dense model, for its manifest; all rounds go to `bench.json`."""
+    """Time each folder's model in turns with its dense model, for its manifest; all rounds go to `bench.json`.
+
+    Where no margin is required and both models do not fit into memory at once, their speed is not measured.
+    """
     benches, options = [], gain_bench_options(context.config)
     for folder in folders:
         context.console.stage(f"bench: dense and {folder.path.name} in turns", 0)
         gc.collect()  # free the models that were open before
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
-        bench, plan = measure_in_process([str(folder.path)], options), Plan.load(folder.plan_file)
+        try:
+            bench, plan = measure_in_process([str(folder.path)], options), Plan.load(folder.plan_file)
+        except OutOfMemory as failed:
+            if context.config.require.has_requirements:
+                raise
+            log.warning("the speed of %s was not measured: %s", folder.path, failed)
+            continue
         benches.append(bench.to_dict())
         gain = judge_gain(bench.models[0], bench.models[-1], context.config.require, plan, context.sites)
         folder.update_manifest(gain=gain)
@@ -45,8 +56,13 @@ def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: R
 
 
 def gain_bench_options(config: RunConfig) -> BenchOptions:
-    """As the recipe's `require` says; a model of short context gets a shorter prompt, then a shorter answer."""
+    """As the recipe's `require` says, and shorter for one size of which no margin is required.
+
+    A model of short context gets a shorter prompt, then a shorter answer.
+    """
     require, context = config.require, context_length(config.model, trust_remote_code=config.trust_remote_code)
+    if not require.has_requirements and not config.budget.sizes:
+        require = replace(require, **{name: min(most, getattr(require, name)) for name, most in SHORT_REQUEST.items()})
     generate = min(require.generate, max(2, context // 2)) if context else require.generate
     prompt = max(1, min(require.prompt, context - generate)) if context else require.prompt
     return BenchOptions(

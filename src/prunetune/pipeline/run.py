@@ -1,19 +1,16 @@
 """One run, from recipe to report: prepare, train, finish, evaluate, measure, check the limits."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 
 from prunetune.config.recipe import RunConfig
 from prunetune.model.loading import pick_device
-from prunetune.pipeline.drift import evaluate_drift
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import make_monitor
 from prunetune.pipeline.multi_size import run_sizes
 from prunetune.pipeline.prepare import Console, prepare
 from prunetune.pipeline.recording import raise_if_limits_broken, record_origin, run_lifecycle
-from prunetune.pipeline.stages import evaluate_all, measure, release_other_ranks, train
+from prunetune.pipeline.stages import evaluate_all, evaluate_drift, measure, release_other_ranks, train
 from prunetune.runs.folder import create_run_folder
 from prunetune.runs.trackers import require_trackers
 from prunetune.train.parallel.ranks import init_distributed

@@ -3,34 +3,31 @@
 Each stage leaves one thing on disk and is skipped where that is complete. Cutting and writing is in `finish`.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunetune.bench.latency.verify import verify_budgets
-from prunetune.bench.speed import measure_speed
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
-from prunetune.data.encoding import Example
 from prunetune.data.sources import SplitName
 from prunetune.errors import DataError, ModelError, RunFolderError
-from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.drift import continuations, load_prompts, measure_drift, predict_next_tokens
+from prunetune.evaluation.results import Evaluation, TaskResult
 from prunetune.evaluation.score_records import evaluate
-from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
+from prunetune.manifest import BudgetFacts, LearningRateFacts, RateTrialFacts
 from prunetune.model.adapter_folder import write_adapter_folder
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
-from prunetune.pipeline.card_facts import rewrite_card
+from prunetune.pipeline.finish import rewrite_card
 from prunetune.pipeline.monitor import ValidationMonitor
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.recording import record_timing, record_training
@@ -40,18 +37,17 @@ from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.forward import Teacher, base_teacher
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.parallel.distributed_passes import distribute_checkpoints
+from prunetune.train.parallel.distributed import distribute_checkpoints, shard_layers
 from prunetune.train.parallel.ranks import SINGLE_PROCESS
-from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.schedule import build_schedule, one_cut_schedule
-from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
+from prunetune.utils.determinism import derive_seed
 from prunetune.utils.files import expand_path, json_digest, write_text
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.seeds import derive_seed
 from prunetune.utils.untrusted import parse_json, read_text
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
@@ -99,7 +95,7 @@ def resume_training(
         good = distribute_checkpoints(Checkpoints(context.folder.good_checkpoints, context.base), context.ranks)
         teacher = teacher_factory(model)
         job = make_job(context, model, checkpoints, observer, teacher=teacher, monitor=monitor, good_checkpoints=good)
-        if context.config.budget.quality:  # what a stage loses is seen only in a model that has learnt all
+        if context.config.budget.has_quality:  # what a stage loses is seen only in a model that has learnt all
             tuned = Checkpoints(context.folder.dense_tuned_checkpoints, context.base).latest()
             job = replace(job, start_adapters=tuned.tensors["adapters"] if tuned else None)
         tune_and_prune(transform_job(job))
@@ -140,7 +136,14 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     """{rate, valid_nll, seconds} of a short run; `valid_nll` is None where it is not finite."""
     folder = RunFolder(context.folder.path / "rates" / f"{rate:g}")
     file = folder.path / "trial.json"
-    if finished := context.ranks.broadcast_from_main(_read_trial(file) if file.exists() else {}):
+    finished: JsonObject = {}
+    if file.exists():
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            found = parse_json(file.read_bytes())
+            finished = found if found.pop("sha256", None) == json_digest(found) else {}
+        if not finished:
+            log.warning("%s is not what was written: this learning rate is tried again", file)
+    if finished := context.ranks.broadcast_from_main(finished):
         return finished
     if context.ranks.is_main:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -165,18 +168,6 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     return trial
 
 
-def _read_trial(file: Path) -> JsonObject:
-    """A finished trial; empty where the file is not what was written, so that the trial is repeated."""
-    try:
-        trial: JsonObject = parse_json(file.read_bytes())
-        if trial.pop("sha256", None) == json_digest(trial):
-            return trial
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
-    log.warning("%s is not what was written: this learning rate is tried again", file)
-    return {}
-
-
 def release_other_ranks(context: RunContext) -> RunContext:
     """Let the other ranks end; returns the context in which rank 0 works alone."""
     context.ranks.destroy_process_group()
@@ -196,10 +187,13 @@ def make_job(
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
     config, valid = context.config, context.encoded["valid"].examples
     batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
-    streams = {
-        split: BatchStream(_with_distill_texts(context, split, teacher), size, derive_seed(config.seed, split))
-        for split, size in batch_sizes.items()
-    }
+    streams = {}
+    for split, size in batch_sizes.items():
+        examples = context.encoded[split].examples
+        if teacher is not None and "texts" in context.encoded:  # a share of texts on which only distillation counts
+            texts = context.encoded["texts"].examples
+            examples += unlabelled_examples(texts, examples, config.data.distill_texts_share)
+        streams[split] = BatchStream(examples, size, derive_seed(config.seed, split))
     return TrainingJob(
         model=model,
         sites=context.sites,
@@ -226,14 +220,6 @@ def plain_lora_config(context: RunContext) -> RunContext:
     lora = replace(lora, rank=lora.dense_rank, alpha=lora.alpha * lora.dense_rank / lora.rank)
     train = replace(context.config.train, weights="adapters", optimizer="adamw")
     return replace(context, config=replace(context.config, lora=lora, train=train))
-
-
-def _with_distill_texts(context: RunContext, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
-    """The examples of a split and, where there is a teacher, a share of texts on which only distillation counts."""
-    examples, share = context.encoded[split].examples, context.config.data.distill_texts_share
-    if teacher is None or "texts" not in context.encoded:
-        return examples
-    return examples + unlabelled_examples(context.encoded["texts"].examples, examples, share)
 
 
 def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any]) -> TeacherFactory:
@@ -271,8 +257,7 @@ def dense_model_names(config: RunConfig) -> tuple[str, ...]:
 
 
 def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
-    """Score models on the test split, and time all but the dense tuned one; skips those that have scores."""
-    speeds = context.folder.read_manifest().speed
+    """Score models on the test split; skips those that have scores."""
     for name in names:
         file = context.folder.evaluation_file(name)
         if file.exists():
@@ -286,16 +271,13 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         model = load_model(context, name)
         context.console.stage(f"evaluate {name}", 1)
         result = score_model(context, model)
-        if name != "tuned":
-            speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
-            context.folder.update_manifest(speed=speeds)
         write_text(file, result.redacted(context.config.report.redaction).to_json())
 
 
 def measure(context: RunContext) -> None:
-    """Measure what the finished model uses, and its gain over the dense model where the recipe requires one."""
+    """Measure what the finished model uses, and its gain over the dense model."""
     measure_budgets(context)
-    if context.config.require.has_requirements and not context.folder.read_manifest().gain:
+    if not context.folder.read_manifest().gain:
         with record_timing(context.folder, "bench"):
             measure_gain(context.folder, [context.folder], context)
 
@@ -346,3 +328,43 @@ def load_model(context: RunContext, name: str) -> Any:
 
 def _load_pruned(context: RunContext, dtype: torch.dtype) -> Any:
     return load_model_and_tokenizer(str(context.folder.model_folder), device=context.device, dtype=dtype).model
+
+
+def evaluate_drift(context: RunContext, sizes: Sequence[RunContext] | None = None) -> None:
+    """Write `evaluation/drift.json`, of a run of several sizes into each one's folder.
+
+    Skipped where that can be read, and where `evaluate.drift` is off.
+    """
+    tokenizer, max_tokens = context.tokenizer, context.config.evaluate.max_tokens
+    runs = []
+    for run in (context,) if sizes is None else sizes:
+        file = run.folder.drift_file
+        try:
+            if file.exists():
+                Evaluation.from_json(read_text(file))
+                continue
+        except (OSError, ValueError, DataError) as broken:
+            log.warning("%s cannot be read (%s): it is measured again", file, broken)
+        runs.append(run)
+    if not context.config.evaluate.drift or not runs:
+        return
+    with record_timing(context.folder, "drift"):
+        context.console.stage("measure drift", 0)
+        model = load_model(context, "dense")
+        try:
+            reference = continuations(model, tokenizer, load_prompts(), max_tokens)
+        except DataError as unusable:
+            log.warning("drift is not measured: %s", unusable)
+            return
+        predictions = predict_next_tokens(model, tokenizer, reference, max_tokens)
+        del model
+
+        def measure(run: RunContext, name: str) -> TaskResult:
+            gc.collect()  # one model frees its memory before the next is loaded
+            found = measure_drift(name, load_model(run, name), tokenizer, reference, predictions, max_tokens)
+            redaction = run.config.report.redaction  # a tuned model may answer with what it learnt from a row
+            return replace(found, items=tuple(replace(item, got=redaction.text(item.got)) for item in found.items))
+
+        tuned = {name: measure(context, name) for name in dense_model_names(context.config)[1:]}
+        for run in runs:
+            write_text(run.folder.drift_file, Evaluation(tuned | {"pruned": measure(run, "pruned")}).to_json())

@@ -1,7 +1,5 @@
 """How long a run will tune, before it does: FLOPs of its steps, over the speed of one layer on the device."""
 
-from __future__ import annotations
-
 import copy
 import time
 from statistics import fmean, median
@@ -24,7 +22,22 @@ def describe_time(context: RunContext, meta_model: Any) -> str:
     """One line: an estimate of the tuning time on this device, on which one layer is timed."""
     flops, shapes = tuning_flops(context, meta_model), training_shapes(meta_model, context.sites)
     weights = sum(linear.weight_count for linear in shapes.linears) // shapes.layers
-    speed = _timed_speed(context, meta_model.config, weights, context.config.train.micro_tokens)
+    # The first layer, random, forward and backward to its input, on at most 2,048 tokens and about 1e11 FLOPs.
+    config = copy.deepcopy(meta_model.config)
+    rows = max(1, min(context.config.train.micro_tokens, 2048, int(1e11 / (4 * weights))) // 64)
+    text = config.get_text_config()
+    text.vocab_size, text.pad_token_id = 64, None
+    workload = WorkloadConfig(dtype=str(context.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    layer = build_short_model(config, [0], workload, context.device).base_model
+    inputs = torch.randn(rows, 64, text.hidden_size, device=context.device, dtype=context.dtype, requires_grad=True)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        layer(inputs_embeds=inputs, use_cache=False).last_hidden_state.float().square().mean().backward()
+        assert inputs.grad is not None
+        inputs.grad[0, 0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - started)
+    speed = 4 * weights * rows * 64 / median(seconds[1:])
     minutes = flops / speed / 60
     shown = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
     return (
@@ -67,24 +80,3 @@ def tuning_flops(context: RunContext, meta_model: Any) -> float:
     if config.evaluate.dense_tuned or config.distill.teacher == "dense":
         total += train.steps * tune(1.0, rank=config.lora.dense_rank, teacher=0.0, weights="adapters")
     return total
-
-
-def _timed_speed(context: RunContext, config: Any, weights: int, tokens: int) -> float:
-    """FLOPs per second of the first layer, random and so many linear weights large, forward and backward to its input.
-
-    On at most 2,048 tokens and about 1e11 FLOPs; the median of three passes.
-    """
-    config, rows = copy.deepcopy(config), max(1, min(tokens, 2048, int(1e11 / (4 * weights))) // 64)
-    text = config.get_text_config()
-    text.vocab_size, text.pad_token_id = 64, None
-    workload = WorkloadConfig(dtype=str(context.dtype).removeprefix("torch."))  # type: ignore[arg-type]
-    layer = build_short_model(config, [0], workload, context.device).base_model
-    inputs = torch.randn(rows, 64, text.hidden_size, device=context.device, dtype=context.dtype, requires_grad=True)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        layer(inputs_embeds=inputs, use_cache=False).last_hidden_state.float().square().mean().backward()
-        assert inputs.grad is not None
-        inputs.grad[0, 0, 0].item()  # which waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 4 * weights * rows * 64 / median(seconds[1:])

@@ -1,6 +1,4 @@
-"""The exact cut: rows and columns of removed units leave every linear, its bias and its adapter."""
-
-from __future__ import annotations
+"""The exact cut: rows and columns of removed units leave linears, biases and adapters; blocks and layers go whole."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,13 +9,20 @@ from torch import Tensor, nn
 
 from prunetune.plan import Plan
 from prunetune.pruning.experts import down_proj_slice
-from prunetune.pruning.families import HeadCounts, head_counts
-from prunetune.pruning.linears import ROWS, get_base_linear, is_transposed, set_axis_size, stored_axis
+from prunetune.pruning.families import HeadCounts, architecture_info, get_family, head_counts
+from prunetune.pruning.linears import (
+    ROWS,
+    axis_size,
+    get_base_linear,
+    is_transposed,
+    replace_module,
+    set_axis_size,
+    stored_axis,
+)
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.nf4 import NF4Linear, has_nf4_linears
 from prunetune.pruning.sites import sites_from_plan
-from prunetune.pruning.units import ParamSlice, Site, UnitKind, kept_indices
-from prunetune.pruning.whole_blocks import RemovedAttention, remove_block, remove_layers, replace_module
+from prunetune.pruning.units import ParamSlice, Site, UnitKind, kept_indices, surviving_layers
 
 MERGE_CHUNK = 2**22  # weights that a merge holds in float32 at a time: 16 MiB each
 
@@ -86,7 +91,13 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
                 replace_module(model, site.name, RemovedAttention(bias))
     kept_sites = [site for site in sites if site.name not in removed]
     for (name, axis), index in kept_indices(plan, kept_sites).items():
-        _keep_in_module(model.get_submodule(name), index, axis)
+        module: Any = model.get_submodule(name)
+        if isinstance(module, LoraLayer):
+            for adapter in (module.lora_B if axis == ROWS else module.lora_A).values():
+                _keep_in_linear(adapter, index, axis)
+            setattr(module, "out_features" if axis == ROWS else "in_features", len(index))
+            module = module.get_base_layer()
+        _keep_in_linear(module, index, axis)
     for site in reversed(kept_sites):  # inner ones first: their parent groups are counted as in the dense model
         for param in site.weights.params:
             _keep_in_parameter(model, param, site, plan.kept[site.name])
@@ -127,16 +138,6 @@ def _update_expert_counts(model: nn.Module, by_kind: Mapping[UnitKind, Site], pl
         for name in ("intermediate_dim", "intermediate_size"):
             if hasattr(experts, name):
                 setattr(experts, name, width)
-
-
-def _keep_in_module(module: nn.Module, index: Tensor, axis: int) -> None:
-    """Keep these rows (axis 0) or columns (axis 1) of a linear and of its adapter."""
-    if isinstance(module, LoraLayer):
-        for adapter in (module.lora_B if axis == ROWS else module.lora_A).values():
-            _keep_in_linear(adapter, index, axis)
-        setattr(module, "out_features" if axis == ROWS else "in_features", len(index))
-        module = module.get_base_layer()
-    _keep_in_linear(module, index, axis)
 
 
 def _keep_in_linear(linear: Any, index: Tensor, axis: int) -> None:
@@ -187,7 +188,7 @@ def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
         base: Any = module.get_base_layer()
         base = base.dequantize() if isinstance(base, NF4Linear) else base
         if trainable:
-            # A copy even where it is float32 already: a teacher may share the weight, see `shared_weights`.
+            # A copy even where it is float32 already: a teacher may share the weight, see `teacher_student_weights`.
             base.weight = nn.Parameter(base.weight.to(torch.float32, copy=True), requires_grad=True)
         for adapter, lora_a in module.lora_A.items():
             add_adapter(base, base.weight.data, lora_a.weight, module.lora_B[adapter].weight, module.scaling[adapter])
@@ -215,3 +216,99 @@ def add_adapter(linear: nn.Module, weight: Tensor, lora_a: Tensor, lora_b: Tenso
         rows = slice(start, start + step)
         left, right = (a[:, rows].t(), b.t()) if is_transposed(linear) else (b[rows], a)
         weight[rows] = torch.addmm(weight[rows].float(), left, right, alpha=scale).to(weight.dtype)
+
+
+# -- whole blocks and layers -------------------------------------------------------------------------------------------
+
+
+class RemovedAttention(nn.Module):
+    """Replaces attention that has no KV group left: its output is zero, or a constant [hidden].
+
+    It also replaces a mixture of experts that returns router scores: None stands for them.
+    """
+
+    def __init__(self, constant: Tensor | None = None) -> None:
+        super().__init__()
+        self.constant = None if constant is None else nn.Parameter(constant.detach().clone(), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[..., hidden] -> (zeros of the same shape, or the constant at each position; no attention weights)."""
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros if self.constant is None else zeros + self.constant.to(zeros.dtype)), None
+
+
+class ResidualPassthrough(nn.Module):
+    """Replaces attention that takes the residual and returns the sum: Bloom's."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """(The residual; no attention weights)."""
+        return residual, None
+
+
+class RemovedLinear(nn.Module):
+    """Replaces a linear, or a mixture of experts: its output is zeros, as many as the next module reads."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., columns] -> zeros [..., rows]."""
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.rows)
+
+
+def remove_block(model: Any, site: Site) -> None:
+    """Empty a block, or both blocks of a layer, in place, so that nothing is added to the residual."""
+    architecture = architecture_info(model)
+    prefix, family = architecture.layer_prefixes[site.layer], architecture.family
+    if site.kind.removes_attention:
+        empty = ResidualPassthrough() if family.adds_residual else RemovedAttention()
+        replace_module(model, f"{prefix}.{architecture.attention_name}", empty)
+    if site.kind is UnitKind.ATTENTION_BLOCK:
+        return
+    mixture, layer = family.mixture, model.get_submodule(prefix)
+    if mixture and hasattr(layer.get_submodule(mixture.block), mixture.experts.rpartition(".")[2]):
+        zeros = RemovedLinear(model.config.get_text_config().hidden_size)
+        replace_module(model, f"{prefix}.{mixture.block}", RemovedAttention() if mixture.returns_scores else zeros)
+        return
+    block = architecture.mlp
+    assert block is not None
+    for name in block.producers:
+        replace_module(model, f"{prefix}.{name}", RemovedLinear(0))
+    consumer = f"{prefix}.{block.consumer}"
+    replace_module(model, consumer, RemovedLinear(axis_size(get_base_linear(model, consumer), ROWS)))
+
+
+def remove_layers(model: Any, plan: Plan, sites: Iterable[Site]) -> None:
+    """Remove the layers that the plan removes from the model's list and its configuration, in place."""
+    sites = tuple(sites)
+    total = model.config.get_text_config().num_hidden_layers
+    kept_layers = list(surviving_layers(plan, sites))
+    if not any(site.kind is UnitKind.LAYER for site in sites) or len(kept_layers) == total:
+        return
+    list_name = architecture_info(model).layer_prefixes[0].rpartition(".")[0]
+    layers = [model.get_submodule(list_name)[index] for index in kept_layers]
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(module.__dict__.get("layer_idx"), int):
+                module.layer_idx = index
+    replace_module(model, list_name, nn.ModuleList(layers))
+    remove_layers_from_config(model.config.get_text_config(), kept_layers)
+
+
+def remove_layers_from_config(config: Any, kept_layers: Sequence[int]) -> None:
+    """Set the number of layers, and shorten every list with one entry a layer, in place."""
+    total = config.num_hidden_layers
+    if get_family(config).mixture and hasattr(config, "mlp_only_layers"):
+        # Layers with experts are counted by their index, which changes: name those without experts instead.
+        plain = [i for i in range(total) if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step]
+        config.mlp_only_layers = [new_index for new_index, index in enumerate(kept_layers) if index in plain]
+        config.decoder_sparse_step = 1
+    for name, value in list(vars(config).items()):
+        if "layer" in name and name != "mlp_only_layers" and isinstance(value, list) and len(value) == total:
+            setattr(config, name, [value[index] for index in kept_layers])
+    overrides = config.to_dict().get("per_layer_config", {}) if config.is_heterogeneous else {}
+    config.num_hidden_layers = len(kept_layers)
+    if overrides:
+        by_layer = {int(layer): values for layer, values in overrides.items()}
+        config.per_layer_config = {new: by_layer.get(old, {}) for new, old in enumerate(kept_layers)}

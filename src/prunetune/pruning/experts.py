@@ -3,8 +3,6 @@
 Shapes: N tokens, E experts, K of them picked for a token, H hidden size, I channels of an expert.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -26,7 +24,10 @@ def gate_router(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
     def reroute(router: Any, _: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         logits, weights, picked = output
-        probabilities = _gated_softmax(logits.float(), gate)
+        # Softmax, each term times the expert's gate; the gradient at a closed gate is finite.
+        highest = logits.float().masked_fill(gate <= 0, -torch.inf).amax(-1, keepdim=True)
+        terms = (logits.float() - highest).clamp(max=MAX_EXPONENT).exp() * gate.to(torch.float32)
+        probabilities = terms / terms.sum(-1, keepdim=True).clamp_min(MIN_TOTAL)
         experts = probabilities.topk(picked.shape[-1], dim=-1).indices
         shares = probabilities.gather(-1, experts)
         is_normalised = getattr(router, "norm_topk_prob", True)
@@ -40,13 +41,6 @@ def gate_router(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
         return logits, (shares / total).to(weights.dtype), experts
 
     return [model.get_submodule(site.gated_module).register_forward_hook(reroute)]
-
-
-def _gated_softmax(logits: Tensor, gate: Tensor) -> Tensor:
-    """Softmax of [N, E], each term times the expert's gate. The gradient at a closed gate is finite."""
-    highest = logits.masked_fill(gate <= 0, -torch.inf).amax(-1, keepdim=True)
-    terms = (logits - highest).clamp(max=MAX_EXPONENT).exp() * gate.to(logits.dtype)
-    return terms / terms.sum(-1, keepdim=True).clamp_min(MIN_TOTAL)
 
 
 def gate_expert_columns(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:

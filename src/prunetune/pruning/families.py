@@ -5,8 +5,6 @@ linear consumes it, which is the coupling that structural pruning needs. `FAMILI
 and architectures without an entry are refused. docs/extend/family.md says how to add one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -202,9 +200,11 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
     heads = max(layer_heads, key=lambda heads: heads.queries_per_kv_head)
     blocks = _blocks(family.tp_plan or plan_inside_layers(config))
     heads_block = blocks.get(UnitKind.KV_GROUP)
-    attention_name = (
-        heads_block.module if heads_block else _attention_name(model.get_submodule(prefixes[0]), prefixes[0])
-    )
+    children = model.get_submodule(prefixes[0]).named_children()
+    names = [heads_block.module] if heads_block else [n for n, child in children if "Attention" in type(child).__name__]
+    if len(names) != 1:
+        raise UnknownArchitecture(f"{prefixes[0]} has {len(names)} attention modules, and one is needed")
+    attention_name = names[0]
     layers = {prefix: dict(model.get_submodule(prefix).named_modules()) for prefix in prefixes}
     attentions = {
         prefix: modules[attention_name]
@@ -212,7 +212,16 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
         if attention_name in modules and (heads_block is None or heads_block.consumer in modules)
     }
 
-    unprunable = _unprunable_by_config(config, family, heads) | dict(family.unprunable)
+    unprunable: dict[UnitKind, str] = {UnitKind.MLP_CHANNEL: IN_EXPERTS}
+    if family.mixture is None:
+        unprunable = {UnitKind.EXPERT: NO_EXPERTS, UnitKind.EXPERT_CHANNEL: NO_EXPERTS}
+    if heads.queries_per_kv_head < 2:
+        unprunable[UnitKind.QUERY_HEAD] = ONE_QUERY_HEAD
+    if not getattr(config, "do_layer_norm_before", True):
+        unprunable[UnitKind.LAYER] = POST_NORM
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        unprunable[UnitKind.LAYER] = SCALED_BY_DEPTH
+    unprunable |= family.unprunable
     if len({heads.head_dim for heads in layer_heads if heads.query_heads}) > 1:  # Gemma 4
         unprunable[UnitKind.KV_GROUP] = OWN_SIZES
     if UnitKind.KV_GROUP in blocks and any(_has_wide_norm(module, heads.head_dim) for module in attentions.values()):
@@ -227,6 +236,7 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
             "in its tensor-parallel plan; docs/extend/family.md says how to give one"
         )
     stated_types = getattr(config, "layer_types", None) or ("full_attention",) * len(prefixes)
+    picks = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
     return ArchitectureInfo(
         layer_prefixes=prefixes,
         layer_types=tuple(
@@ -239,29 +249,8 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
         mlp=blocks.get(UnitKind.MLP_CHANNEL),
         unprunable=unprunable,
         family=family,
-        experts_per_token=_experts_per_token(config) if family.mixture else 0,
+        experts_per_token=int(next(filter(None, (getattr(config, n, 0) for n in picks)))) if family.mixture else 0,
     )
-
-
-def _unprunable_by_config(config: Any, family: Family, heads: HeadCounts) -> dict[UnitKind, str]:
-    """Kinds of unit that this configuration rules out, with the reason."""
-    reasons: dict[UnitKind, str] = {}
-    if family.mixture is None:
-        reasons |= {UnitKind.EXPERT: NO_EXPERTS, UnitKind.EXPERT_CHANNEL: NO_EXPERTS}
-    else:
-        reasons[UnitKind.MLP_CHANNEL] = IN_EXPERTS
-    if heads.queries_per_kv_head < 2:
-        reasons[UnitKind.QUERY_HEAD] = ONE_QUERY_HEAD
-    if not getattr(config, "do_layer_norm_before", True):
-        reasons[UnitKind.LAYER] = POST_NORM
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        reasons[UnitKind.LAYER] = SCALED_BY_DEPTH
-    return reasons
-
-
-def _experts_per_token(config: Any) -> int:
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
-    return int(next(getattr(config, name) for name in names if getattr(config, name, None)))
 
 
 def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -277,13 +266,6 @@ def layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     if len(lists) != 1:
         raise UnknownArchitecture(f"{base} has {len(lists)} lists of {count} layers, and one is needed")
     return tuple(f"{base}.{lists[0]}.{index}" for index in range(count))
-
-
-def _attention_name(layer: nn.Module, prefix: str) -> str:
-    names = [name for name, child in layer.named_children() if "Attention" in type(child).__name__]
-    if len(names) != 1:
-        raise UnknownArchitecture(f"{prefix} has {len(names)} attention modules, and one is needed")
-    return names[0]
 
 
 def _has_wide_norm(attention: nn.Module, head_dim: int) -> bool:

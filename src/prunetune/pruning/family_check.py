@@ -4,8 +4,6 @@ A kind of unit counts as prunable where a small model of the configuration, mask
 coupling that is read wrongly is refused, and never cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from prunetune.errors import UnknownArchitecture
 from prunetune.plan import Plan
-from prunetune.pruning.cut import cut_linears
+from prunetune.pruning.cut import cut_linears, remove_layers
 from prunetune.pruning.families import (
     Family,
     MixtureOfExperts,
@@ -28,7 +26,6 @@ from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.tiny_models import tiny_config, tiny_model
 from prunetune.pruning.units import KIND_BY_NAME, Site, UnitKind
-from prunetune.pruning.whole_blocks import remove_layers
 from prunetune.utils.failures import first_line
 
 TOLERANCE = 1e-5  # largest difference of logits over their largest magnitude, float32

@@ -3,8 +3,6 @@
 GPT-2's `Conv1D` stores its weight as [in, out], and calls its sizes `nx` (in) and `nf` (out).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,3 +55,9 @@ def stored_axis(linear: nn.Module, axis: int) -> int:
 def as_out_in(linear: nn.Module, weight: Tensor) -> Tensor:
     """A tensor of the stored weight's shape as [out, in]; a bias as it is."""
     return weight.t() if is_transposed(linear) and weight.dim() > 1 else weight
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in a submodule's place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

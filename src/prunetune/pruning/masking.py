@@ -3,8 +3,6 @@
 Scaling what a consumer reads by zero equals removing it, so no modelling code is copied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -35,25 +33,20 @@ def gates_from_plan(plan: Plan, sites: Iterable[Site], device: torch.device | st
                 "a plan fits only the dense model it was made for"
             )
         mask = kept_mask(plan.kept[site.name], site.units)
-        _check_parent_groups(plan, site, by_name.get(site.parent), mask)
+        parent = by_name.get(site.parent)
+        if site.parent_groups > 1 or parent:  # open ones keep equal numbers of units, closed ones none
+            counts = mask.view(site.parent_groups, -1).sum(1).tolist()
+            kept_parents, parent_units = (plan.kept[parent.name], parent.units) if parent else (None, 1)
+            open_groups = set(site.open_parent_groups(kept_parents, parent_units))
+            closed_groups = set(range(site.parent_groups)) - open_groups
+            if len({counts[group] for group in open_groups}) > 1 or any(counts[group] for group in closed_groups):
+                raise PlanError(
+                    f"plan at {site.name}: {site.parent_groups} groups keep {counts} units, "
+                    "and each open one has to keep the same number, a closed one none"
+                )
         by_name[site.name] = site
         gates[site.name] = mask.to(device, torch.float32)
     return gates
-
-
-def _check_parent_groups(plan: Plan, site: Site, parent: Site | None, mask: Tensor) -> None:
-    """Raises `PlanError` unless parent groups in kept units keep equal numbers of units, and others none."""
-    if site.parent_groups == 1 and parent is None:
-        return
-    counts = mask.view(site.parent_groups, -1).sum(1).tolist()
-    kept_parents, parent_units = (plan.kept[parent.name], parent.units) if parent else (None, 1)
-    open_groups = set(site.open_parent_groups(kept_parents, parent_units))
-    closed_groups = set(range(site.parent_groups)) - open_groups
-    if len({counts[group] for group in open_groups}) > 1 or any(counts[group] for group in closed_groups):
-        raise PlanError(
-            f"plan at {site.name}: {site.parent_groups} groups keep {counts} units, "
-            "and each open one has to keep the same number, a closed one none"
-        )
 
 
 @contextmanager
@@ -111,10 +104,6 @@ def _map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
-def _gate_block(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    return [model.get_submodule(site.gated_module).register_forward_hook(_scale_output(gate))]
-
-
 def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
     """Interpolate between the layer's input (gate 0) and its output (gate 1), exact at both ends.
 
@@ -131,5 +120,10 @@ def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
 
 GATE_FUNCTIONS: Mapping[str, GateFunction] = {
-    "output": _gate_block, "layer": _gate_layer, "router": gate_router, "expert columns": gate_expert_columns,
-}  # fmt: skip
+    "output": lambda model, site, gate: [
+        model.get_submodule(site.gated_module).register_forward_hook(_scale_output(gate))
+    ],
+    "layer": _gate_layer,
+    "router": gate_router,
+    "expert columns": gate_expert_columns,
+}

@@ -5,19 +5,16 @@ keeps or removes whole: blocks run along the rows of producers, which lose rows,
 which lose columns. So a unit leaves with whole blocks, every other bit is kept, and cutting a quantised model is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, set_axis_size
+from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, replace_module, set_axis_size
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site
-from prunetune.pruning.whole_blocks import replace_module
 from prunetune.utils.optional import require_installed
 
 NF4_BLOCK_SIZE = 64  # weights that share a scale
@@ -40,16 +37,20 @@ class NF4Linear(nn.Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, cut_axis: int, dtype: torch.dtype) -> None:
         """Quantise a weight [out, in]; `dtype` is that of the arithmetic."""
+        from bitsandbytes.functional import quantize_4bit
+
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.cut_axis, self.dtype = cut_axis, dtype
-        packed, scales = _quantize(weight if cut_axis == ROWS else weight.t())
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
+        weight = weight if cut_axis == ROWS else weight.t()  # [L, length]
+        padded = F.pad(weight, (0, -weight.shape[1] % NF4_BLOCK_SIZE)).contiguous()
+        packed, state = quantize_4bit(padded, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
+        self.register_buffer("packed", packed.view(len(weight), -1))
+        self.register_buffer("scales", state.absmax.float().view(len(weight), -1))
         self.bias: Any = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: Any, *, cut_axis: int, dtype: torch.dtype, device: torch.device) -> NF4Linear:
+    def from_linear(cls, linear: Any, *, cut_axis: int, dtype: torch.dtype, device: torch.device) -> Self:
         """A linear or Conv1D in 4 bits on a device, which for a moment also holds its weight in `dtype`."""
         weight = as_out_in(linear, linear.weight.detach()).to(device, dtype)
         bias = None if linear.bias is None else linear.bias.to(device, dtype)
@@ -88,7 +89,7 @@ class NF4Linear(nn.Linear):
         linear.weight, linear.bias = nn.Parameter(self.weight.contiguous(), requires_grad=False), self.bias
         return linear
 
-    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move to a device or dtype as any module, but keep the scales in float32."""
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -107,15 +108,6 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         return upstream[0] @ ctx.linear.weight, None
-
-
-def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a weight [L, length]: what `NF4Linear` holds as `packed` and `scales`."""
-    from bitsandbytes.functional import quantize_4bit
-
-    padded = F.pad(weight, (0, -weight.shape[1] % NF4_BLOCK_SIZE)).contiguous()
-    packed, state = quantize_4bit(padded, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
-    return packed.view(len(weight), -1), state.absmax.float().view(len(weight), -1)
 
 
 def cut_axes(model: nn.Module, sites: Iterable[Site]) -> Mapping[str, int]:

@@ -4,8 +4,6 @@ Plans, scores and checkpoints always number the units of the dense model. Only g
 the model as it is now, which count from 0 again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from prunetune.plan import Plan
 from prunetune.pruning.linears import ROWS
-from prunetune.pruning.units import LinearSlice, Site, children_by_site, kept_indices
+from prunetune.pruning.units import Site, children_by_site, kept_indices
 
 
 def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
@@ -37,12 +35,16 @@ def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
             replace(param, parent_groups=len(open_groups)) if param.parent_groups > 1 else param
             for param in site.weights.params
         )
-        producers = tuple(_moved(producer, kept_rows) for producer in site.producers)
+        producers = []
+        for producer in site.producers:  # slices of a linear that another site shares move as rows before them leave
+            if producer.total_rows and (rows := kept_rows.get(producer.module)) is not None:
+                producer = replace(producer, start=int((rows < producer.start).sum()), total_rows=len(rows))
+            producers.append(producer)
         remaining[site.name] = replace(
             site,
             units=len(kept),
             parent_groups=len(open_groups),
-            weights=replace(site.weights, producers=producers, params=params),
+            weights=replace(site.weights, producers=tuple(producers), params=params),
         )
     children = children_by_site(remaining.values())
     for name, site in reversed(remaining.items()):  # inner sites first
@@ -50,14 +52,6 @@ def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
         child_params = sum(child.units // site.units * child.total_unit_params for child in inside)
         remaining[name] = replace(site, child_params=child_params)
     return tuple(remaining.values())
-
-
-def _moved(producer: LinearSlice, kept_rows: Mapping[str, Tensor]) -> LinearSlice:
-    """A slice of a linear that another site shares, after rows before it and in all have left."""
-    rows = kept_rows.get(producer.module)
-    if rows is None or not producer.total_rows:
-        return producer
-    return replace(producer, start=int((rows < producer.start).sum()), total_rows=len(rows))
 
 
 def plan_within(plan: Plan, larger: Plan) -> Plan:

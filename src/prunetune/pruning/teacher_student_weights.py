@@ -12,8 +12,6 @@ v, or of gate and up, move together with columns of o, or of down, the same term
 Shapes: of a weight W [out, in], a cut keeps k rows or columns: W[:k] of producers, W[:, :k] of the consumer.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from typing import Any
@@ -57,10 +55,18 @@ def cut_sharing_weights(
     for layer in dict.fromkeys(site.layer for site in sites):
         layer_sites = [site for site in sites if site.layer == layer]
         losing = [site for site in layer_sites if len(plan.kept[site.name]) < site.units]
-        shared = [site for site in losing if _shares_weights(weight_owner, model, site)]
+        shared = []  # whose tensors in the weight owner are the model's, and can be reordered
+        for site in filter(can_share_weights, losing):
+            linears = [linear_slice.module for linear_slice, _ in site.linear_slices()]
+            pairs = [(get_base_linear(model, name), get_base_linear(weight_owner, name)) for name in linears]
+            same = (getattr(a, n).data_ptr() == getattr(b, n).data_ptr() for a, b in pairs for n in _weight_names(a))
+            shared += [site] if all(same) else []
         cut_linears(model, plan, sites=layer_sites)
         for site in shared:
-            kept, units = plan.kept[site.name], _units_of_owner(site, before)
+            kept, units = plan.kept[site.name], list(range(site.units))
+            if before is not None:  # the dense model's units in the order that earlier cuts have given the owner
+                left = before.kept[site.name]
+                units = [*left, *(~kept_mask(left, before.units[site.name])).nonzero().flatten().tolist()]
             removed = sorted(set(range(len(units))) - set(kept), key=units.__getitem__)
             for linear_slice, axis in site.linear_slices():
                 order = linear_slice.indices((*kept, *removed), len(units))
@@ -82,25 +88,6 @@ def unshare_weights(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.untyped_storage().nbytes() > tensor.nbytes:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-
-
-def _shares_weights(weight_owner: nn.Module, model: nn.Module, site: Site) -> bool:
-    """Whether the weight owner's tensors at a site are the model's, and can be reordered."""
-    if not can_share_weights(site):
-        return False
-    for linear_slice, _ in site.linear_slices():
-        linear, owned = (get_base_linear(module, linear_slice.module) for module in (model, weight_owner))
-        if any(getattr(linear, name).data_ptr() != getattr(owned, name).data_ptr() for name in _weight_names(linear)):
-            return False
-    return True
-
-
-def _units_of_owner(site: Site, before: Plan | None) -> list[int]:
-    """The dense model's units of a site in the order that earlier cuts have given the weight owner."""
-    if before is None:
-        return list(range(site.units))
-    kept = before.kept[site.name]
-    return [*kept, *(~kept_mask(kept, before.units[site.name])).nonzero().flatten().tolist()]
 
 
 def _weight_names(linear: Any) -> tuple[str, ...]:

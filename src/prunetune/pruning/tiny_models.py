@@ -1,7 +1,5 @@
 """A tiny random model of a configuration: all its switches and kinds of layers, and few units of every kind."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping
@@ -22,16 +20,14 @@ SIZES: Mapping[str, int] = {
     r"shared_\w*intermediate_size": 48,
     r"intermediate_size\w*|\w*ffn_dim|n_inner|ffn_hidden_size|block_ff_dim": 96,
     r"qk_head_dim": HEAD_DIM + 8,
-    r"qk_rope_head_dim|hidden_size_per_layer_input|index_topk|sliding_window\w*": 8,
-    r"\w*state_size|mamba_d_state|\w*chunk_size": 8,
+    r"qk_rope_head_dim|hidden_size_per_layer_input|index_topk|sliding_window\w*|mamba_d_state|\w*(state|chunk)_size": 8,
     r"\w*lora_rank|\w*time_step_rank|(\w*_)?head_dim": HEAD_DIM,
-    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts": 4,
+    r"(moe_)?num_experts|num_local_experts|n_routed_experts|(encoder|decoder)_attention_heads|n_heads?|rotary_dim": 4,
     r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts": 2,
-    r"n_group|topk_group|num_expert_group|(mamba_)?n_groups|num_kv_shared_layers|first_k_dense_replace": 1,
     r"linear_num_(key_|value_)?heads|index_n_heads|attn_layer_period": 2,
-    r"(encoder|decoder)_attention_heads|n_heads?|rotary_dim": 4,
-    r"attn_layer_offset": 1,
-}  # fmt: skip
+    r"n_group|topk_group|num_expert_group|(mamba_)?n_groups": 1,
+    r"num_kv_shared_layers|first_k_dense_replace|attn_layer_offset": 1,
+}
 NOT_STRUCTURE = ("transformers_version", "architectures", "_name_or_path", "dtype", "auto_map")
 LAYER_CHOICES = ("moe_layers", "attn_layer_indices", "mlp_only_layers", "full_attn_idxs")  # lists of layers' indices
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -5,19 +5,18 @@ channels; a recipe chooses the kinds. A unit's own parameters leave out what the
 parameters are a plain sum over the units that it keeps.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunetune.plan import Plan
-from prunetune.pruning.linears import COLUMNS, ROWS
+from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear
 
 # What a gate scales: a consumer's input columns, a block's output, a layer's change of its input, the router's softmax,
 # or the columns of every expert's second linear.
@@ -57,11 +56,6 @@ class UnitKind(StrEnum):
     def removes_attention(self) -> bool:
         """Whether a whole block of this kind takes the layer's attention along."""
         return self in (UnitKind.LAYER, UnitKind.ATTENTION_BLOCK)
-
-    @property
-    def removes_mlp(self) -> bool:
-        """Whether a whole block of this kind takes the layer's MLP, or its experts, along."""
-        return self in (UnitKind.LAYER, UnitKind.MLP_BLOCK)
 
     @property
     def is_head(self) -> bool:
@@ -208,11 +202,6 @@ class Site:
         end = f".{self.layer}"
         return self.name[: f"{self.name}.".replace(":", ".").index(f"{end}.") + len(end)]
 
-    @property
-    def has_linear_slices(self) -> bool:
-        """Whether its units are rows and columns of linears, where adapters are cut along."""
-        return bool(self.linear_slices())
-
     def linear_slices(self) -> tuple[tuple[LinearSlice, int], ...]:
         """(slice, axis) of every linear that loses rows or columns with a unit."""
         weights = self.weights
@@ -311,3 +300,59 @@ def closed_fractions(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict
 def effective_layout(layout: str, sites: Sequence[Site]) -> str:
     """The layout asked for, but "uniform" where only whole layers can be pruned: equal layers are left."""
     return "uniform" if all(site.kind is UnitKind.LAYER for site in sites) else layout
+
+
+def prunable_params(sites: Iterable[Site]) -> int:
+    """Prunable parameters of the dense model."""
+    return sum(site.params for site in sites)
+
+
+def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
+    """Share of the prunable parameters, or of the units' prices, that gates keep: differentiable scalar in [0, 1]."""
+    sites = tuple(sites)
+    gates = effective_gates(gates, sites)
+    unit_prices = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
+    kept = torch.stack([gates[site.name].sum() * unit_prices[site.name] for site in sites]).sum()
+    return kept / sum(site.units * unit_prices[site.name] for site in sites)
+
+
+@dataclass(frozen=True)
+class UnitWeight:
+    """One parameter that the units of a site own, in part or whole."""
+
+    parameter: nn.Parameter
+    # Values of the parameter's shape -> their sum over the entries of each unit, float64 [U] on the CPU.
+    sum_per_unit: Callable[[Tensor], Tensor]
+
+
+def unit_weights(model: Any, site: Site) -> list[UnitWeight]:
+    """Each producer's weight and bias, then the consumer's weight, then parameters that belong to no linear."""
+    if site.kind.is_whole_block:
+        linears = site.weights.block_linears
+        modules = linears if site.gated_module in linears else (site.gated_module,)
+        return [
+            UnitWeight(parameter, lambda values: values.sum(dtype=torch.float64).cpu()[None])
+            for name in modules
+            for parameter in model.get_submodule(name).parameters()
+        ]
+
+    def of_linear(values: Tensor, linear_slice: LinearSlice, linear: Any, axis: int) -> Tensor:
+        rows = as_out_in(linear, values) if axis == ROWS else as_out_in(linear, values).t()
+        sums = rows.sum(1, dtype=torch.float64) if rows.dim() > 1 else rows.double()
+        return linear_slice.sum_per_unit(sums.cpu(), site.units)
+
+    def of_param(values: Tensor, param: ParamSlice) -> Tensor:
+        groups, rows = values.double().cpu(), LinearSlice(param.parameter, param.part_sizes)
+        groups, axis = (groups[None], param.axis + 1) if param.parent_groups == 1 else (groups, param.axis)
+        units = site.units // param.parent_groups
+        return torch.cat([rows.sum_per_unit(group, units) for group in groups.moveaxis(axis, 1)])
+
+    weights = []
+    for linear_slice, axis in site.linear_slices():
+        linear = get_base_linear(model, linear_slice.module)
+        sum_per_unit = partial(of_linear, linear_slice=linear_slice, linear=linear, axis=axis)
+        biases = [linear.bias] if axis == ROWS and linear.bias is not None else []
+        weights += [UnitWeight(parameter, sum_per_unit) for parameter in (linear.weight, *biases)]
+    for param in site.weights.params:
+        weights.append(UnitWeight(model.get_parameter(param.parameter), partial(of_param, param=param)))
+    return weights

@@ -58,6 +58,11 @@ def signed_decimal(value: float | None) -> str:
     return f"+{decimal(value)}" if value > 0 else decimal(value)
 
 
+def milliseconds(seconds: float | None) -> str:
+    """0.0214 -> "21.40 ms"."""
+    return NOT_KNOWN if seconds is None else f"{decimal(1000 * seconds)} ms"
+
+
 def scientific(value: float) -> str:
     """2.4e-06 -> "2.4e-6"."""
     digits, _, power = f"{value:.1e}".partition("e")

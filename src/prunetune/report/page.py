@@ -103,7 +103,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "cut_kinds": list(dict.fromkeys(kind for cut in cut_rows for kind in cut.removed)),
         "cut_neighbours": cuts.NEIGHBOURS,
         "heatmaps": decision_heatmap.heatmap_figures(run),
-        "limits": verdicts.limit_verdicts(manifest),
+        "limits": [("", limit) for limit in verdicts.limit_verdicts(manifest)],
         "limit_events": verdicts.limit_events(manifest),
         "failed": manifest.failed,
         "misaligned_widths": verdicts.misaligned_widths(manifest),
@@ -172,17 +172,15 @@ def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> lis
         label = f"KV groups kept by layer: {kept} of {units}; the table below has the numbers"
         picture = figures.groups_figure(label, layers)
         drawn.append(ReportFigure("KV groups", picture, note=f"{kept:,} of {units:,} are kept."))
-    if any(layer.mlp for layer in layers):
-        kept, units = kept_layers.count_kept(layer.mlp for layer in layers)
-        label = f"Share of MLP channels kept by layer: {kept} of {units}; the table below has the numbers"
-        by_layer = {layer.index: layer.mlp for layer in layers if layer.mlp}
-        picture = figures.unit_share_figure("widths", label, by_layer)
-        drawn.append(ReportFigure("MLP width", picture, note=f"{kept:,} of {units:,} channels are kept."))
-    for kind, by_layer in (kept_layers.other_units_by_layer(run.plan) if run.plan else {}).items():
-        kept, units = kept_layers.count_kept(by_layer.values())
-        name = kind.replace("-", " ")
-        picture = figures.unit_share_figure(kind, f"Share of {name} kept by layer: {kept} of {units}", by_layer)
-        drawn.append(ReportFigure(name.capitalize(), picture, note=f"{kept:,} of {units:,} are kept."))
+    by_kind = {"MLP channels": {layer.index: layer.mlp for layer in layers if layer.mlp}}
+    by_kind |= kept_layers.other_units_by_layer(run.plan) if run.plan else {}
+    for kind, by_layer in by_kind.items():
+        if by_layer:
+            (kept, units), name = kept_layers.count_kept(by_layer.values()), kind.replace("-", " ")
+            label = f"Share of {name} kept by layer: {kept} of {units}"
+            picture = figures.unit_share_figure(kind.replace(" ", "-"), label, by_layer)
+            title = name[:1].upper() + name[1:]
+            drawn.append(ReportFigure(title, picture, note=f"{kept:,} of {units:,} are kept."))
     return drawn
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from prunetune.manifest import DataFacts, Manifest, QuantisedFacts
@@ -13,20 +12,11 @@ from prunetune.report.run_folder import RunFiles, get_number, lookup
 SPLITS = ("train", "search", "texts", "guard", "valid", "test")
 
 
-@dataclass(frozen=True)
-class SplitSummary:
-    """One split of the data."""
-
-    name: str
-    count: str
-    sha256: str
-
-
-def split_summaries(data: DataFacts) -> list[SplitSummary]:
-    """The splits that the manifest names, in the order of their use."""
+def split_summaries(data: DataFacts) -> list[tuple[str, str, str]]:
+    """(name, rows, SHA-256) of the splits that the manifest names, in the order of their use."""
     named = data.counts.keys() | data.hashes.keys()
     return [
-        SplitSummary(name, formatting.count(data.counts.get(name)), data.hashes.get(name, formatting.NOT_KNOWN))
+        (name, formatting.count(data.counts.get(name)), data.hashes.get(name, formatting.NOT_KNOWN))
         for name in (*(name for name in SPLITS if name in named), *sorted(named - set(SPLITS)))
     ]
 
@@ -53,6 +43,9 @@ def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
     rows = {
         "Model": run.model_name,
         "Result": ", ".join(filter(None, (manifest.pruned.class_name, manifest.pruned.layout))),
+        "Started": _as_date(manifest.started),
+        "Ended": _as_date(manifest.ended),
+        "Host": manifest.host,
         "Device": manifest.device,
         "Arithmetic": manifest.dtype,
         "Base": _describe_quantised(manifest.quantised),
@@ -72,6 +65,11 @@ def _describe_quantised(quantised: QuantisedFacts) -> str:
         f"{quantised.scheme}; merged differs from it by {formatting.share(quantised.error, 2)} "
         f"(root mean square of logits), {formatting.share(quantised.same)} of most likely tokens equal"
     )
+
+
+def _as_date(time: str | None) -> str:
+    """ "2026-11-30T08:15:02+00:00" -> "2026-11-30 08:15 UTC"."""
+    return f"{time[:16].replace('T', ' ')} UTC" if time else ""
 
 
 def _as_text(value: Any) -> str:

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prunetune.errors import DataError
-from prunetune.evaluation.results import HEADLINE_METRICS, Evaluation, Score, TaskResult, higher_is_better, recovery
+from prunetune.evaluation.results import (
+    HEADLINE_METRICS,
+    Evaluation,
+    Score,
+    TaskResult,
+    headline_metric,
+    higher_is_better,
+    recovery,
+)
 from prunetune.evaluation.statistics import paired_difference
 from prunetune.report import formatting
 
@@ -18,6 +26,7 @@ LABELS = {
     "rouge_l": "ROUGE-L",
     "nll": "NLL per token",
     "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
 }
 ORDER = (*HEADLINE_METRICS, *(metric for metric in LABELS if metric not in HEADLINE_METRICS))
 REFERENCE_NAMES = {"tuned": "dense tuned", "dense": "dense untuned"}
@@ -167,3 +176,22 @@ def _headline_over(
         reference=means[reference],
         recovery=means["pruned"] / means[reference] if has_recovery else None,
     )
+
+
+def headline_table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Each task's headline score of every model, and the share that the pruned one keeps of the reference.
+
+    Headings of numbers begin with ">", as `table_lines` takes them.
+    """
+    titles = {"pruned": ">pruned", "tuned": ">dense tuned", "dense": ">dense"}
+    models = [name for name in titles if name in evaluations]
+    reference = evaluations.get("tuned", evaluations.get("dense"))
+    rows = []
+    for task, result in evaluations["pruned"].tasks.items() if "pruned" in evaluations else ():
+        metric = headline_metric(result)
+        scores = [evaluations[name].tasks[task].scores[metric] for name in models]
+        share = recovery(scores[0], reference.tasks[task].scores[metric], metric) if reference else math.nan
+        pruned, *others = (f"{score.value:.3f} ±{score.se:.3f}" for score in scores)
+        rows.append([task, metric, pruned, f"{100 * share:.0f}%" if math.isfinite(share) else "–", *others])
+    share_title = ">recovery" if "tuned" in evaluations else ">of dense"
+    return ["task", "metric", ">pruned", share_title, *(titles[name] for name in models[1:])], rows

@@ -16,7 +16,7 @@ from prunetune.report import formatting, run_details, scores, svg, verdicts
 from prunetune.report.figures import WIDTH, legend_entries
 from prunetune.report.run_folder import RunFiles, get_mapping, get_number, read_run
 from prunetune.report.scores import HeadlineScore
-from prunetune.report.speed import interleaved_ratio
+from prunetune.report.speed import speedup, speedup_text
 from prunetune.report.summary import share_saved
 from prunetune.report.training_curves import ReportFigure
 
@@ -41,8 +41,8 @@ class SizeRow:
     @property
     def speed_ratio(self) -> float | None:
         """Tokens a second over the dense model's, measured in turns."""
-        ratio = interleaved_ratio(self.run.manifest, "throughput")
-        return ratio.ratio if ratio else None
+        facts = speedup(self.run.manifest, "throughput")
+        return facts.median if facts else None
 
     @property
     def saved(self) -> float | None:
@@ -96,7 +96,7 @@ def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
         "headline": headline,
         "dense": _dense_row(rows[0].run if rows else run, headline, reference_name),
         "figures": _frontier_figures(rows, headline),
-        "legend": legend_entries({svg.PRUNED: "sizes of this run", svg.TUNED: reference_name}),
+        "legend_entries": legend_entries({svg.PRUNED: "sizes of this run", svg.TUNED: reference_name}),
         "tasks": _task_rows(rows),
         "names": [row.name for row in rows],
         "limits": [(row.name, limit) for row in rows for limit in verdicts.limit_verdicts(row.run.manifest)],
@@ -140,9 +140,9 @@ def _table_row(row: SizeRow) -> dict[str, Any]:
         "bytes": formatting.size(manifest.pruned.bytes),
         "quality": Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None,
         "recovery": formatting.share(headline.recovery, 1) if headline and headline.recovery is not None else "–",
-        "speed": str(interleaved_ratio(manifest, "throughput") or formatting.NOT_KNOWN),
-        "prefill": _milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
-        "decode": _milliseconds(figures["decode"].pruned if "decode" in figures else None),
+        "speed": speedup_text(speedup(manifest, "throughput")) or formatting.NOT_KNOWN,
+        "prefill": formatting.milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
+        "decode": formatting.milliseconds(figures["decode"].pruned if "decode" in figures else None),
         "on_frontier": row.on_frontier,
         "passed": not manifest.failed,
         "report": f"sizes/{row.name}/report.html",
@@ -157,13 +157,9 @@ def _dense_row(run: RunFiles, headline: HeadlineScore | None, reference_name: st
         "params": formatting.short(model.params),
         "bytes": formatting.size(model.bytes),
         "quality": formatting.decimal(headline.reference if headline else None),
-        "prefill": _milliseconds(figures["prefill"].dense if "prefill" in figures else None),
-        "decode": _milliseconds(figures["decode"].dense if "decode" in figures else None),
+        "prefill": formatting.milliseconds(figures["prefill"].dense if "prefill" in figures else None),
+        "decode": formatting.milliseconds(figures["decode"].dense if "decode" in figures else None),
     }
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return formatting.decimal(None if seconds is None else 1000 * seconds)
 
 
 def _task_rows(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:
@@ -230,7 +226,7 @@ def _draw_frontier(
                 fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
             )  # fmt: skip
             offset: Any = {"xytext": (7, 5), "textcoords": "offset points"}
-            axes.annotate(size, (x, quality), color=svg.INK, fontsize=9, **offset)
+            axes.annotate(size, (x, quality), color=svg.INK, **offset)
         axes.axhline(headline.reference, color=svg.TUNED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.margins(x=0.14, y=0.14)
         axes.grid(visible=True, axis="both")

@@ -1,66 +1,45 @@
-"""Speed of the pruned model over the dense one's, with the spread of the runs."""
+"""Speed of the pruned model over the dense one's, both measured in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from prunetune.manifest import Manifest
+from prunetune.manifest import Manifest, SpeedupFacts
 from prunetune.report import formatting
 
 
-@dataclass(frozen=True)
-class SpeedRatio:
-    """Pruned over dense."""
-
-    ratio: float
-    spread: str = ""  # in words; "" where it was not kept
-    is_significant: bool = True  # noise alone would not turn it
-
-    def __str__(self) -> str:
-        return f"{formatting.ratio(self.ratio)} ({self.spread})" if self.spread else formatting.ratio(self.ratio)
+def speedup(manifest: Manifest, kind: str) -> SpeedupFacts | None:
+    """Of "throughput", "decode" or "prefill"; None where it was not measured in turns."""
+    facts = manifest.gain.speedups.get(kind)
+    return facts if facts is not None and facts.median is not None else None
 
 
-def interleaved_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
-    """Ratio of "throughput", "decode" or "prefill", run by run, both models in turns: "1.28× (1.25 to 1.32)"."""
-    speedup = manifest.gain.speedups.get(kind)
-    if speedup is None or speedup.median is None:
-        return None
-    is_spread_known = speedup.min is not None and speedup.max is not None
-    return SpeedRatio(speedup.median, f"{speedup.min:.2f} to {speedup.max:.2f}" if is_spread_known else "")
-
-
-def separate_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
-    """Ratio of "decode" or "prefill", each model measured alone: "1.28× (runs differ by 4%)".
-
-    Not significant where the two models differ less than the runs of one.
-    """
-    models = (manifest.speed.dense, manifest.speed.pruned)
-    dense, pruned = (model.tokens_per_s(kind) for model in models)
-    if not dense or not pruned:
-        return None
-    spreads = [spread for model in models if (spread := model.spread(kind)) is not None]
-    ratio, noise = pruned / dense, max(spreads, default=0.0)
-    words = f"runs differ by {formatting.share(noise)}" if spreads else ""
-    return SpeedRatio(ratio, words, is_significant=noise <= max(ratio, 1 / ratio) - 1)
+def speedup_text(facts: SpeedupFacts | None) -> str:
+    """The median of the rounds and their range: "1.28× (1.25 to 1.32)"; "" for None."""
+    if facts is None:
+        return ""
+    is_range_known = facts.min is not None and facts.max is not None
+    return f"{formatting.ratio(facts.median)}{f' ({facts.min:.2f} to {facts.max:.2f})' if is_range_known else ''}"
 
 
 def speed_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
     """(what, dense, pruned, ratio) of latency and memory; above 1 the pruned model is better, in every row."""
-    dense, pruned, speed = manifest.model, manifest.pruned, manifest.speed
-    decode, prefill = (
-        tuple(model.tokens_per_s(kind) for model in (speed.dense, speed.pruned)) for kind in ("decode", "prefill")
-    )
-    token_ms = tuple(1000 / per_second if per_second else None for per_second in decode)
-    rows: list[tuple[str, tuple[float | None, ...], Callable[[float | None], str], SpeedRatio | None]] = [
-        ("Decode, tokens a second", decode, formatting.count, separate_ratio(manifest, "decode")),
-        ("Decode, ms a token", token_ms, formatting.decimal, None),
-        ("Prefill, tokens a second", prefill, formatting.count, separate_ratio(manifest, "prefill")),
-        ("Weights", (dense.bytes, pruned.bytes), formatting.size, None),
-        ("Parameters", (dense.params, pruned.params), formatting.short, None),
+    dense, pruned, measured = manifest.model, manifest.pruned, manifest.gain.figures
+    rows: list[tuple[str, float | None, float | None, Callable[[float | None], str], str]] = [
+        (name, measured[kind].dense, measured[kind].pruned, formatted, speedup_text(speedup(manifest, kind)))
+        for name, kind, formatted in (
+            ("Tokens a second", "throughput", formatting.decimal),
+            ("Prefill", "prefill", formatting.milliseconds),
+            ("Decode, a token", "decode", formatting.milliseconds),
+        )
+        if kind in measured
+    ]
+    rows += [
+        ("Weights", dense.bytes, pruned.bytes, formatting.size, ""),
+        ("Parameters", dense.params, pruned.params, formatting.short, ""),
     ]
     return [
-        (name, formatted(before), formatted(after), str(ratio or SpeedRatio(before / after)))
-        for name, (before, after), formatted, ratio in rows
+        (name, formatted(before), formatted(after), ratio or formatting.ratio(before / after))
+        for name, before, after, formatted, ratio in rows
         if before and after
     ]

@@ -12,7 +12,6 @@ from prunetune.report import formatting
 from prunetune.report.kept_layers import count_kept, layers_from_plan
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import HeadlineScore
-from prunetune.report.speed import separate_ratio
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,6 @@ def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
         _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
         _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
         _size_tile("Vocabulary", dense.tokens, dense.kept_tokens, formatting.count),
-        _speed_tile("Decode speed", manifest, "decode"),
-        _speed_tile("Prefill speed", manifest, "prefill"),
         _selfcheck_tile(manifest.selfcheck),
         _time_tile(manifest),
     ]
@@ -101,17 +98,6 @@ def _size_tile(
         return None
     change = f"-{formatting.share(saved, 1)}" if saved >= 0 else f"+{formatting.share(-saved, 1)}"
     return Tile(label, formatting.with_minus_sign(change), f"{formatted(dense)} → {formatted(pruned)}")
-
-
-def _speed_tile(label: str, manifest: Manifest, kind: str) -> Tile | None:
-    ratio = separate_ratio(manifest, kind)
-    if ratio is None:
-        return None
-    dense, pruned = manifest.speed.dense.tokens_per_s(kind), manifest.speed.pruned.tokens_per_s(kind)
-    detail = f"{formatting.count(dense)} → {formatting.count(pruned)} tokens/s"
-    detail += f", {ratio.spread}" if ratio.spread else ""
-    is_slower = ratio.ratio < 1 and ratio.is_significant
-    return Tile(label, formatting.ratio(ratio.ratio), detail, "bad" if is_slower else "plain")
 
 
 def _time_tile(manifest: Manifest) -> Tile | None:

@@ -13,7 +13,7 @@ from prunetune.manifest import Manifest
 from prunetune.report import formatting
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import REFERENCE_NAMES, HeadlineScore, TaskMetricRow, metric_rows, reference_model
-from prunetune.report.speed import interleaved_ratio, separate_ratio
+from prunetune.report.speed import speedup, speedup_text
 
 VerdictAnswer = Literal["yes", "no", "partly", "unknown", "none"]
 MAX_HIDDEN_LOSS = 0.1  # a share of the reference's score: noise that could hide a larger loss answers nothing
@@ -80,20 +80,21 @@ def _size_verdict(manifest: Manifest) -> RunVerdict:
 
 
 def _speed_verdict(manifest: Manifest) -> RunVerdict:
-    """By interleaved runs where there are any, else by separate ones; no plain yes where noise exceeds the change."""
+    """By measurements in turns, and by those only: a kind counts where all rounds agree on which model is faster."""
     kinds = ("throughput", "decode", "prefill")
-    ratios = {kind: ratio for kind in kinds if (ratio := interleaved_ratio(manifest, kind))}
-    ratios = ratios or {kind: ratio for kind in kinds if (ratio := separate_ratio(manifest, kind))}
+    ratios = {kind: ratio for kind in kinds if (ratio := speedup(manifest, kind))}
     if not ratios:
-        return RunVerdict("Faster?", "unknown", "Speed was not measured.")
-    words = ", ".join(f"{kind} {ratio}" for kind, ratio in ratios.items()) + " of the dense model's speed."
+        return RunVerdict("Faster?", "unknown", "Speed was not measured in turns; prunetune bench RUN does that.")
+    words = (
+        ", ".join(f"{kind} {speedup_text(ratio)}" for kind, ratio in ratios.items()) + " of the dense model's speed."
+    )
     words = words[:1].upper() + words[1:]
     noisy = [kind for kind, ratio in ratios.items() if not ratio.is_significant]
     if noisy:
-        words += f" Runs of {' and '.join(noisy)} differ more than the models: prunetune bench measures them in turns."
+        words += f" Rounds of {' and '.join(noisy)} disagree on which is faster; prunetune bench RUN measures more."
     if len(noisy) == len(ratios):
         return RunVerdict("Faster?", "unknown", words)
-    faster = [ratio.is_significant and ratio.ratio > 1 for ratio in ratios.values()]
+    faster = [ratio.is_significant and (ratio.median or 0) > 1 for ratio in ratios.values()]
     return RunVerdict("Faster?", "yes" if all(faster) else "partly" if any(faster) else "no", words)
 
 

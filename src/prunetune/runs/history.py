@@ -1,54 +1,38 @@
-"""The history of runs: one SQLite file for the runs of a folder, so that they can be listed and filtered.
-
-The file is an index: run folders hold everything, and runs that it lacks are read from them. So no error with it stops
-a run: a warning of one line is logged, and the run continues.
-"""
+"""The history of runs, read from their folders: a run's manifest says when it was started and how it ended."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import socket
-import sqlite3
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, PrunetuneError
+from prunetune.evaluation.results import Evaluation
+from prunetune.manifest import Manifest, finite_number
 from prunetune.runs.folder import RunFolder, is_locked, open_run
-from prunetune.utils.files import expand_path
-from prunetune.utils.sqlite import UNUSABLE, run_in_database
+from prunetune.utils.files import home_folder
 from prunetune.utils.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
-NAME = "runs.sqlite"
-TABLE = """create table if not exists runs (
-    path text primary key, status text not null, started text, ended text, model text, layout text, seed integer,
-    asked real, kept real, metrics text not null default '{}', command text, process text
-)"""
-# "gate failed": it ended outside a limit. "gone": its folder was removed.
-STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")
-COLUMNS = (
-    "path", "status", "started", "ended", "model", "layout", "command", "process", "metrics", "seed", "asked", "kept",
-)  # fmt: skip
-NUMBERS = frozenset({"seed", "asked", "kept"})  # all other columns are text
+FOLDERS = "runs.txt"  # in $PRUNETUNE_HOME: the folders that hold runs, one a line
+STATUSES = ("running", "done", "failed", "interrupted", "gate failed")  # the last: it ended outside a limit
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run in the history."""
+    """One run in the history, one of several sizes of a run, or a comparison."""
 
     path: Path
+    kind: Literal["run", "size", "comparison"]
     status: str  # of STATUSES
     started: str  # ISO 8601, UTC
     ended: str
@@ -57,20 +41,22 @@ class RunEntry:
     seed: int
     requested_keep: float  # budget.keep
     kept: float | None  # share of the decoder's parameters that remains
-    metrics: Mapping[str, float]  # "accuracy" and other means over tasks, and "TASK.metric"
+    metrics: Mapping[str, float]  # of the pruned model: see `final_scores`; of a comparison: "METHOD KEEP metric"
     command: str
 
     @property
     def name(self) -> str:
-        """The run folder's name."""
-        return self.path.name
+        """The run folder's name; a size has its run's in front, as "support/sizes/0.6"."""
+        return "/".join(self.path.parts[-3:]) if self.kind == "size" else self.path.name
 
 
 @contextmanager
-def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
-    """Register a run at its start, and how it ended at its end; where that cannot be written, a warning is logged."""
-    status, started = "failed", _now()
-    _write_or_warn(folder, config, {"status": "running", "started": started, "ended": "", "command": command})
+def record_status(folder: RunFolder) -> Iterator[None]:
+    """Record in the manifest when and where the block was started, and how it ended."""
+    _register_folder(folder.path.absolute().parent)
+    started = folder.read_manifest().started or _now()
+    folder.update_manifest(status="running", started=started, ended="", host=socket.gethostname())
+    status = "failed"
     try:
         yield
         status = "done"
@@ -81,38 +67,35 @@ def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator
         status = "gate failed" if failed.exit_code == 1 else "failed"
         raise
     finally:
-        ending = {"status": status, "started": started, "ended": _now(), "command": command}
-        _write_or_warn(folder, config, ending)
+        try:
+            folder.update_manifest(status=status, ended=_now())
+        except (OSError, ValueError) as broken:  # which would hide the error that ended the run
+            log.warning("%s: how the run ended cannot be written (%s)", folder.path, broken)
 
 
-def _write_or_warn(folder: RunFolder, config: RunConfig, values: Mapping[str, Any]) -> None:
+def _register_folder(runs_folder: Path) -> None:
+    """Add a folder of runs to the list in $PRUNETUNE_HOME, if that is set."""
+    home = home_folder()
+    if home is None or str(runs_folder) in _registered_folders():
+        return
     try:
-        _insert(_history_file(folder.path.absolute().parent), [{**_run_values(folder, config), **values}])
-    except (PrunetuneError, *UNUSABLE) as broken:
-        reason = " ".join(str(broken).split())
-        log.warning("history: %s cannot be written (%s); the run continues without it", NAME, reason)
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / FOLDERS).open("a", encoding="utf-8") as file:
+            file.write(f"{runs_folder}\n")
+    except OSError as broken:
+        log.warning("%s cannot be written (%s): prunetune runs does not list this run", home / FOLDERS, broken)
 
 
-def _run_values(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """The columns that a run folder tells."""
-    manifest = folder.read_manifest()
-    dense, pruned = manifest.model.decoder_params, manifest.pruned.decoder_params
-    return {
-        "path": str(folder.path.absolute()),
-        "model": config.model,
-        "layout": config.layout,
-        "seed": config.seed,
-        "asked": config.budget.keep,
-        "kept": pruned / dense if dense and pruned else None,
-        "metrics": json.dumps(_mean_and_task_scores(folder)),
-        "process": f"{socket.gethostname()} {os.getpid()}",
-    }
+def _registered_folders() -> list[str]:
+    home = home_folder()
+    try:
+        return (home / FOLDERS).read_text(encoding="utf-8", errors="replace").splitlines() if home else []
+    except OSError:
+        return []
 
 
-def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
+def final_scores(folder: RunFolder) -> dict[str, float]:
     """Scores of the pruned model: the mean of each metric ("accuracy"), and every task's ("TASK.accuracy")."""
-    from prunetune.evaluation.results import Evaluation
-
     file = folder.evaluation_file("pruned")
     if not file.exists():
         return {}
@@ -124,111 +107,75 @@ def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
-# -- the file ----------------------------------------------------------------------------------------------------------
-
-
-def _history_file(runs_folder: Path) -> Path:
-    """`$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` in the parent of the run folders."""
-    home = os.environ.get("PRUNETUNE_HOME")
-    return (expand_path(home) if home else runs_folder) / NAME
-
-
-def _insert(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    def insert(store: sqlite3.Connection) -> None:
-        for row in rows:
-            columns, marks = ", ".join(row), ", ".join("?" * len(row))
-            # Column names are ours, values are bound.
-            store.execute(f"insert or replace into runs ({columns}) values ({marks})", tuple(row.values()))  # noqa: S608
-
-    run_in_database(file, [TABLE], insert)
-
-
 def list_runs(runs_folder: Path) -> list[RunEntry]:
-    """The runs in a folder's history, and run folders in it that are not registered yet; the newest first.
+    """The runs, sizes and comparisons in a folder, and in those that $PRUNETUNE_HOME lists; the newest first.
 
-    A history that cannot be read, and rows that are damaged, cost a warning: the run folders are read instead.
-    Raises `ConfigError` where there is neither a history nor the folder.
+    A folder that cannot be read as a run is left out. Raises `ConfigError` where there is no folder.
     """
-    file = _history_file(runs_folder)
-    is_there = os.path.exists(file)
-    if not is_there and not runs_folder.is_dir():
+    named = [runs_folder.absolute(), *map(Path, _registered_folders())]
+    folders = list(dict.fromkeys(folder for folder in named if folder.is_dir()))
+    if not folders:
         raise ConfigError(
             f"{runs_folder}: no such folder; name the one that holds the run folders, or set PRUNETUNE_HOME"
         )
-    query = f"select {', '.join(COLUMNS)} from runs"  # noqa: S608 - column names are ours
-    rows: list[tuple[Any, ...]] | None = None
+    patterns = ("*/config.yaml", "*/sizes/*/config.yaml")
+    recipes = sorted({recipe for folder in folders for pattern in patterns for recipe in folder.glob(pattern)})
+    entries = [entry for recipe in recipes if (entry := _read_entry(recipe.parent))]
+    return sorted(entries, key=lambda entry: entry.started, reverse=True)
+
+
+def _read_entry(path: Path) -> RunEntry | None:
+    """The run in a folder; None where it holds none that this version reads."""
     try:
-        rows = run_in_database(file, [TABLE], lambda store: store.execute(query).fetchall()) if is_there else []
-    except UNUSABLE as broken:
-        reason = " ".join(str(broken).split())
-        log.warning("history: %s cannot be read (%s); the run folders are read instead", file, reason)
-    entries: dict[str, RunEntry] = {}
-    for row in rows or ():
-        try:
-            entry = _entry(dict(zip(COLUMNS, row, strict=True)))
-            entries[str(entry.path)] = entry
-        except (ValueError, OSError) as damaged:
-            log.warning("history: a row of %s is damaged (%s); its run folder is read instead", file, damaged)
-    fresh = list(_unregistered(runs_folder, entries))
-    if fresh and rows is not None:
-        with suppress(*UNUSABLE):  # a place that is only read: they are read from their folders every time
-            _insert(file, fresh)
-    listed = sorted([*entries.values(), *map(_entry, fresh)], key=lambda entry: entry.path)
-    return sorted(listed, key=lambda entry: entry.started, reverse=True)
+        folder, config = open_run(path)
+        manifest = folder.read_manifest()
+        is_comparison = (path / "cells").is_dir()
+        dense, pruned = manifest.model.decoder_params, manifest.pruned.decoder_params
+        begun = datetime.fromtimestamp((path / "config.yaml").stat().st_mtime, UTC)  # where the manifest does not say
+        return RunEntry(
+            path=path,
+            kind="comparison" if is_comparison else "size" if path.parent.name == "sizes" else "run",
+            status=_status(folder, manifest, is_comparison=is_comparison),
+            started=manifest.started or begun.isoformat(timespec="seconds"),
+            ended=manifest.ended or "",
+            model=config.model,
+            layout=config.layout,
+            seed=config.seed,
+            requested_keep=config.budget.keep,
+            kept=pruned / dense if dense and pruned else None,
+            metrics=_comparison_scores(path) if is_comparison else final_scores(folder),
+            command=manifest.command or "",
+        )
+    except (
+        PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError,
+    ):  # fmt: skip
+        return None
 
 
-def _unregistered(runs_folder: Path, known: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The columns of each run folder that is not in the history."""
-    for recipe in sorted(runs_folder.glob("*/config.yaml")):
-        path = recipe.parent
-        if str(path.absolute()) in known or (path / "cells").is_dir():  # a comparison is no run
-            continue
-        try:
-            folder, config = open_run(path)
-            manifest = folder.read_manifest()
-            values = _run_values(folder, config)
-            started = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        except (
-            PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError,
-        ):  # fmt: skip
-            continue  # no run folder of this version
-        is_done = folder.evaluation_file("pruned").exists() or (manifest.sizes and folder.bench_file.exists())
-        status = "gate failed" if manifest.failed else "done" if is_done else "interrupted"
-        ending = {"status": status, "started": started, "ended": "", "command": manifest.command or ""}
-        yield {**values, **ending, "process": ""}
+def _status(folder: RunFolder, manifest: Manifest, *, is_comparison: bool) -> str:
+    """The recorded status, unless the process was killed and could record nothing; else what the files say."""
+    if manifest.status in STATUSES[1:]:
+        return manifest.status
+    result = folder.path / "comparison.json" if is_comparison else folder.evaluation_file("pruned")
+    if manifest.status is None and manifest.failed:
+        return "gate failed"
+    if manifest.status is None and (result.exists() or (manifest.sizes and folder.bench_file.exists())):
+        return "done"
+    is_elsewhere = manifest.status == "running" and manifest.host != socket.gethostname()
+    is_working = is_locked(folder.path) or is_locked(folder.path.parent.parent)  # the run that a size is of
+    return "running" if is_elsewhere or is_working else "interrupted"
 
 
-def _entry(row: Mapping[str, Any]) -> RunEntry:
-    """A row as a run; raises `ValueError` where it holds what no run writes."""
-    for name, value in row.items():
-        if type(value) not in ((int, float, NoneType) if name in NUMBERS else (str, NoneType)):
-            raise ValueError(f"column {name}: {str(value)[:40]!r}")
-    metrics, path = parse_json(row["metrics"] or "", nan=True), Path(row["path"] or "")
-    if path == Path():
-        raise ValueError("no path")
-    if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
-        raise ValueError(f"column metrics: {row['metrics'][:40]!r}")
-    return RunEntry(
-        path=path,
-        status=_status(path, row["status"], row["process"] or ""),
-        started=row["started"] or "",
-        ended=row["ended"] or "",
-        model=row["model"] or "",
-        layout=row["layout"] or "",
-        seed=row["seed"] or 0,
-        requested_keep=row["asked"] or 0.0,
-        kept=row["kept"],
-        metrics=metrics,
-        command=row["command"] or "",
-    )
-
-
-def _status(path: Path, recorded: str, process: str) -> str:
-    """The recorded status, unless the folder is gone, or the process was killed and could record nothing."""
-    if not path.exists():
-        return "gone"
-    is_local = process.split(" ")[0] == socket.gethostname()
-    return "interrupted" if recorded == "running" and is_local and not is_locked(path) else recorded
+def _comparison_scores(path: Path) -> dict[str, float]:
+    """The means of a comparison's table, as "progressive 0.6 acc"; empty where it is not written yet."""
+    file = path / "comparison.json"
+    rows: Any = parse_json(read_text(file))["rows"] if file.exists() else []
+    return {
+        f"{row['method']} {row['keep']:g} {metric}": value
+        for row in rows
+        for metric, score in row["scores"].items()
+        if (value := finite_number(score["value"])) is not None
+    }
 
 
 def _now() -> str:

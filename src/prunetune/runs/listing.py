@@ -1,11 +1,13 @@
-"""The list of runs (`prunetune runs`): filters by model, status and conditions, and the table."""
+"""The list of runs (`prunetune runs`): filters by model, status and conditions, the table, and JSON."""
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.results import HEADLINE_METRICS
@@ -77,8 +79,20 @@ def render_runs_table(entries: Sequence[RunEntry]) -> str:
             entry.started[:16].replace("T", " "),
             entry.model if len(entry.model) <= 36 else "…" + entry.model[-35:],
             f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.requested_keep:.0%} asked)",
-            ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics) or "–",
+            _headline_scores(entry) or "–",
         )
         for entry in entries
     ]
     return "\n".join(table_lines(("run", "status", "started (UTC)", "model", "kept", "scores"), rows))
+
+
+def _headline_scores(entry: RunEntry) -> str:
+    """A run's means; of a comparison how many scores there are, which `--json` lists."""
+    if entry.kind == "comparison":
+        return f"comparison, {len(entry.metrics)} scores" if entry.metrics else "comparison"
+    return ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics)
+
+
+def runs_to_json(entries: Sequence[RunEntry]) -> str:
+    """The runs with all that is known of them, as a JSON list."""
+    return json.dumps([{"name": entry.name, **asdict(entry), "path": str(entry.path)} for entry in entries], indent=1)

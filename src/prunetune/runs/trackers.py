@@ -1,6 +1,7 @@
 """Experiment trackers: a run's numbers go to TensorBoard, Weights & Biases, MLflow and trackio, through accelerate.
 
-Off by default. A tracker that is down, slow to answer or broken never stops a run.
+Off by default. A tracker that is down, slow to answer or broken never stops a run. At the end of a run its final scores
+follow, and where the tracker takes them the table of scores and the report. What they show of rows is decided before.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from prunetune.config.recipe import RunConfig, to_mapping
@@ -38,6 +42,16 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
+def _send_table_and_page(tracker: Any, table: str, report: Path, step: int) -> None:
+    if tracker.name == "tensorboard":
+        tracker.tracker.add_text("final/scores", table, step)
+    elif tracker.name == "wandb":
+        tracker.log({"final/report": import_module("wandb").Html(str(report))}, step=step)
+    elif tracker.name == "mlflow":
+        import_module("mlflow").log_text(table, "scores.md")
+        tracker.log_artifact(str(report))
+
+
 class Trackers:
     """The trackers that work; one that fails is dropped with a warning of one line."""
 
@@ -52,14 +66,20 @@ class Trackers:
         for tracker in list(self.active):
             self._call_or_drop(tracker, "log", values, step=record["step"])
 
+    def log_result(self, scores: Mapping[str, float], table: str, report: Path, step: int) -> None:
+        """Send final scores as final/NAME, and to the trackers that take them their table (Markdown) and the page."""
+        self.log({**scores, "step": step}, "final")
+        for tracker in list(self.active):
+            self._call_or_drop(tracker, _send_table_and_page, tracker, table, report, step)
+
     def close(self) -> None:
         """Finish every tracker."""
         for tracker in list(self.active):
             self._call_or_drop(tracker, "finish")
 
-    def _call_or_drop(self, tracker: Any, method: str, *args: Any, **kwargs: Any) -> None:
+    def _call_or_drop(self, tracker: Any, method: str | Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
-            getattr(tracker, method)(*args, **kwargs)
+            (getattr(tracker, method) if isinstance(method, str) else method)(*args, **kwargs)
         except Exception as broken:
             self.active.remove(tracker)
             log.warning("report_to: %s failed (%s); the run continues without it", tracker.name, _one_line(broken))
@@ -91,16 +111,22 @@ def _start(name: str, config: RunConfig, folder: RunFolder) -> Any:
 
     logs, run_name = folder.path / "trackers", folder.path.name
     logs.mkdir(parents=True, exist_ok=True)
+    id_file = logs / f"{name}.id"  # a process that goes on with the run goes on with the tracker's
+    known = id_file.read_text(encoding="utf-8") if id_file.exists() else ""
+    run_id = known or uuid.uuid4().hex
     if name == "tensorboard":
         tracker: Any = tracking.TensorBoardTracker(run_name="prunetune", logging_dir=str(logs))
     elif name == "wandb":
-        tracker = tracking.WandBTracker(run_name="prunetune", name=run_name, dir=str(logs))
+        tracker = tracking.WandBTracker("prunetune", name=run_name, dir=str(logs), id=run_id, resume="allow")
     elif name == "mlflow":
         mlflow_logs = str(logs / "mlflow")
-        tracker = tracking.MLflowTracker(experiment_name="prunetune", run_name=run_name, logging_dir=mlflow_logs)
+        tracker = tracking.MLflowTracker("prunetune", mlflow_logs, run_id=known or None, run_name=run_name)
     else:
-        tracker = tracking.TrackioTracker(run_name="prunetune", name=run_name)
+        tracker = tracking.TrackioTracker("prunetune", name=run_name, resume="allow")
     tracker.start()
+    if known:
+        return tracker
+    id_file.write_text(tracker.active_run.info.run_id if name == "mlflow" else run_id, encoding="utf-8")
     options = flatten_options(to_mapping(config))
     tracker.store_init_configuration(
         {option: str(value) if isinstance(value, list) else value for option, value in options.items()}

@@ -8,8 +8,6 @@ is *open* if the unit that contains it is kept.
 Shapes: N units of all sites, numbered through site after site; U units of one site, in G groups.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -48,19 +46,16 @@ class NestedSites:
                 self.max_widths[site.name] = int(kept.view(site.parent_groups, -1).sum(1).max())
         if scores is not None:
             joined = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
-            ranked = self._rank_within_groups(joined, larger_plan)
+            # Unit numbers, group after group: by descending score, first those that the larger plan keeps.
+            lengths = torch.tensor([site.units_per_group for site in sites for _ in range(site.parent_groups)])
+            # 2 g for units of group g, 2 g + 1 for those that the larger plan removes
+            sort_keys = torch.arange(0, 2 * len(lengths), 2).repeat_interleave(lengths)
+            if larger_plan is not None:
+                sort_keys += ~torch.cat([kept_mask(larger_plan.kept[site.name], site.units) for site in sites])
+            by_score = joined.argsort(descending=True, stable=True)
+            ranked = by_score[sort_keys[by_score].argsort(stable=True)]
             self.ranked_units = self._split_by_site(ranked)
             self.ranked_scores = self._split_by_site(joined[ranked].double())
-
-    def _rank_within_groups(self, scores: Tensor, larger_plan: Plan | None) -> Tensor:
-        """[N] -> long [N]: unit numbers, group after group: by descending score, first those the larger plan keeps."""
-        group_lengths = torch.tensor([site.units_per_group for site in self.sites for _ in range(site.parent_groups)])
-        # 2 g for units of group g, 2 g + 1 for those that the larger plan removes
-        sort_keys = torch.arange(0, 2 * len(group_lengths), 2).repeat_interleave(group_lengths)
-        if larger_plan is not None:
-            sort_keys += ~torch.cat([kept_mask(larger_plan.kept[site.name], site.units) for site in self.sites])
-        by_score = scores.argsort(descending=True, stable=True)
-        return by_score[sort_keys[by_score].argsort(stable=True)]
 
     def _split_by_site(self, values: Tensor) -> dict[str, Tensor]:
         """[N] -> {site: [G, U / G]}."""

@@ -1,7 +1,5 @@
 """Rules of a legal plan: multiples that widths have to be, least numbers of units, layers that keep everything."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A *shape* is the number of layers and the width of every kind of unit in each of
 that each open group of a site keeps: MLP channels, KV groups, query heads of a KV group, experts.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 from collections import Counter
@@ -140,43 +138,21 @@ class UniformPlanner:
                 parent = self.nested_sites.parent(site)
                 key = (site.name, widths[site.kind], widths[parent.kind] if parent else 1)
                 if key not in self.score_sums:
-                    self.score_sums[key] = self._score_sum(site, *key[1:])
+                    # Of the best of all open groups; where layers are pruned, none exceeds its layer's.
+                    scores = self.nested_sites.ranked_scores[site.name] - self.lowest_score  # [G, U / G]
+                    if parent and parent.kind is not UnitKind.LAYER:
+                        best_parents = self.nested_sites.ranked_units[parent.name][0][: key[2]]
+                        kept_parents = (best_parents - self.nested_sites.first_unit[parent.name]).tolist()
+                        scores = scores[site.open_parent_groups(kept_parents, parent.units)]
+                    if self.layer_sites:
+                        layer_score = self.nested_sites.best_score(self.layer_sites[site.layer])
+                        scores = scores.clamp(max=layer_score - self.lowest_score)
+                    best = scores[:, : key[1]]
+                    self.score_sums[key] = float(best.cumsum(1)[:, -1].cumsum(0)[-1]) if best.numel() else 0.0
                 total += self.score_sums[key] * site.unit_params
         return total
-
-    def _score_sum(self, site: Site, width: int, parent_width: int) -> float:
-        """Sum of the best scores of a site's open groups; where layers are pruned, none exceeds its layer's."""
-        nested_sites, parent = self.nested_sites, self.nested_sites.parent(site)
-        scores = nested_sites.ranked_scores[site.name] - self.lowest_score  # [G, U / G]
-        if parent and parent.kind is not UnitKind.LAYER:
-            best_parents = nested_sites.ranked_units[parent.name][0][:parent_width]
-            kept_parents = (best_parents - nested_sites.first_unit[parent.name]).tolist()
-            scores = scores[site.open_parent_groups(kept_parents, parent.units)]
-        if self.layer_sites:
-            layer_score = nested_sites.best_score(self.layer_sites[site.layer])
-            scores = scores.clamp(max=layer_score - self.lowest_score)
-        best = scores[:, :width]
-        return float(best.cumsum(1)[:, -1].cumsum(0)[-1]) if best.numel() else 0.0
 
 
 def with_channels(shape: Shape, width: int) -> Shape:
     """The shape with channels of this width, in MLPs and experts."""
     return shape | {UnitKind.MLP_CHANNEL: width, UnitKind.EXPERT_CHANNEL: width}
-
-
-def uniform_widths(
-    nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
-) -> dict[str, int]:
-    """Widths {site: units of each open group} of the shape of the highest scores; raises `PlanError` if none fits."""
-    planner = UniformPlanner(nested_sites, constraints)
-    shapes = list(planner.shapes_within(target_params, fits_budgets))
-    if not shapes:
-        raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
-    best = max(shapes, key=lambda shape: (planner.weighted_score(shape), planner.total_params(shape)))
-    return planner.widths_by_site(best)
-
-
-def min_uniform_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
-    """Widths of the smallest legal shape: {site: units of each open group}."""
-    planner = UniformPlanner(nested_sites, constraints)
-    return planner.widths_by_site(min(planner.legal_shapes(), key=planner.total_params))

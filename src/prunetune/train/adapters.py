@@ -1,7 +1,5 @@
 """LoRA adapters on all linears of attention and MLP, by peft: adding, freezing, cutting and expanding them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ Not saved: base weights, which come from the model; random states and data posit
 and the step.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunetune.errors import PlanError, RunFolderError
-from prunetune.model.identity import ModelIdentity
+from prunetune.model.provenance import ModelIdentity
 from prunetune.plan import Plan
 from prunetune.utils.files import atomic_folder, json_digest, sha256, write_text
 from prunetune.utils.untrusted import parse_json, read_text

@@ -4,8 +4,6 @@ A small model's step is thousands of kernels of a few microseconds each; launchi
 long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA semantics).
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.utils.capture_lock import CAPTURE_LOCK
 from prunetune.utils.failures import first_line, is_gpu_fault
+from prunetune.utils.threads import CAPTURE_LOCK
 
 
 class OwnStream:

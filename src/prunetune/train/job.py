@@ -1,7 +1,5 @@
 """What a training run works on, and the interfaces of those who record and watch it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,9 +14,9 @@ from prunetune.plan import Plan
 from prunetune.pruning.units import Site
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
+from prunetune.train.forward import Teacher
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import Schedule
-from prunetune.train.teacher import Teacher
 from prunetune.utils.json_lines import JsonObject
 
 

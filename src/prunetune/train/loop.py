@@ -16,23 +16,18 @@ settles while group sparsity drives the adapters of masked units to zero.
 The loss is a sum of named terms: the answers' cross-entropy, and the distance to a teacher (`train/losses.py`).
 """
 
-from __future__ import annotations
-
 from prunetune.plan import Plan
-from prunetune.search.decision import Decision
-from prunetune.search.select import select
+from prunetune.search.select import Decision, select
 from prunetune.train.adapters import add_adapters, copy_adapters
-from prunetune.train.generator_trainer import GeneratorTrainer
-from prunetune.train.importance import score_units
+from prunetune.train.decisions import GeneratorTrainer, score_units
 from prunetune.train.job import TrainingJob
-from prunetune.train.parallel.distributed_passes import distribute_passes
-from prunetune.train.parallel.sharding import shard_layers
+from prunetune.train.parallel.distributed import distribute_passes, shard_layers
 from prunetune.train.passes import build_passes
 from prunetune.train.progress import TrainingProgress
 from prunetune.train.step_guard import StepGuard
 from prunetune.train.weight_trainer import WeightTrainer
+from prunetune.utils.determinism import derive_seed
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.seeds import derive_seed
 
 
 def tune_and_prune(job: TrainingJob) -> Plan:
@@ -80,7 +75,8 @@ def tune_and_prune(job: TrainingJob) -> Plan:
         if generator is not None and decision.plan is None and step + 1 == schedule.steps:
             decision = generator.searcher.final_decision()  # the search lasts to the end: validate what will be cut
         progress.record_step(record, decision)
-        decision = progress.validate(record, decision)  # a limit may raise the budget, roll back, or stop the run
+        # A limit may raise the budget, roll back, or stop the run.
+        decision = progress.validation.validate_if_due(record, decision)
         progress.save_if_due(decision)
 
     if generator is not None and not weights.is_cut:  # no step was left after the search or the settling

@@ -7,8 +7,6 @@ hooks, so are the two gradients of x, which autograd would compute one by one an
 Shapes: N rows of input, R the adapter's rank.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

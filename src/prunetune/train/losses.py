@@ -6,12 +6,10 @@ Padded, packed, recorded, compiled and distributed passes all go through `Traini
 Shapes: N tokens of a pass in all its rows, M of them with a label behind them, V vocabulary, H hidden size.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +21,8 @@ from prunetune.data.batches import IGNORE_INDEX
 from prunetune.data.encoding import Example
 from prunetune.pruning.units import Site, UnitKind, closed_fractions
 from prunetune.train.adapters import adapter_norms
-from prunetune.train.forward import ForwardInputs, ForwardOutputs, autocast, micro_batch_inputs, run_forward
+from prunetune.train.forward import ForwardInputs, ForwardOutputs, Teacher, autocast, micro_batch_inputs, run_forward
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
-from prunetune.train.teacher import Teacher
 
 # The group lasso's gradient is multiplied by these: while decisions are searched, and in the last epoch, when the
 # decision is final (ATP, authors' code).
@@ -133,7 +130,7 @@ class TrainingLoss:
     compiled: bool = False
 
     @classmethod
-    def from_config(cls, config: RunConfig, *, has_teacher: bool) -> TrainingLoss:
+    def from_config(cls, config: RunConfig, *, has_teacher: bool) -> Self:
         """The terms to which the recipe gives a weight, and whose teacher there is."""
         usable = {name: term for name, term in TERMS.items() if has_teacher or not term.needs_teacher}
         weights = {name: term.weight(config) for name, term in usable.items()}
@@ -202,6 +199,6 @@ def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) 
     Drives what adapters hold for removed units to zero, so that cutting it changes nothing. A layer has three groups:
     keys with queries and values with outputs, which a KV group joins, and the MLP.
     """
-    closed, sites = closed_fractions(gates, sites), [site for site in sites if site.has_linear_slices]
+    closed, sites = closed_fractions(gates, sites), [site for site in sites if site.linear_slices()]
     groups = sum(2 if site.kind is UnitKind.KV_GROUP else 1 for site in sites)
     return torch.stack([(adapter_norms(model, site) * closed[site.name]).sum() for site in sites]).sum() / groups

@@ -6,8 +6,6 @@ one shape are updated together, and on a GPU an update is one CUDA graph: with h
 longer than the products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -55,7 +53,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(weights, list(updates.unbind()))
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """[n, rows, columns] -> matrices with the same singular vectors and singular values near one.
 
     In bfloat16, which is precise enough, but in float32 on a CPU: most have no fast bfloat16.
@@ -65,7 +63,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(iterations):
+    for _ in range(5):
         square = x @ x.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)

@@ -1,7 +1,5 @@
 """Forward and backward passes: padded anywhere, packed and recorded on a GPU, with the same losses and gradients."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -12,26 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.config.recipe import RunConfig
+from prunetune.data.batches import PackedBatch, group_for_packing, pack_examples
 from prunetune.data.encoding import Example
-from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
 from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
 from prunetune.model.compiled_kernels import use_compiled_kernels
 from prunetune.model.sequence_packing import supports_packing, use_packed_attention
 from prunetune.pruning.masking import AdapterGating, masked
-from prunetune.pruning.units import Site
-from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
+from prunetune.pruning.units import Site, prunable_params
+from prunetune.train.adapters import (
+    LARGE_MODEL_PARAMS,
+    frozen_adapters,
+    lora_dropout_enabled,
+    trainable_parameters,
+)
 from prunetune.train.cuda_graphs import CudaGraphRecorder
-from prunetune.train.forward import inputs_from_pack, micro_batch_inputs
+from prunetune.train.forward import Teacher, inputs_from_pack, micro_batch_inputs, split_by_teacher
 from prunetune.train.losses import TrainingLoss, mean_loss, summed_answer_loss
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
-from prunetune.train.teacher import Teacher, split_by_teacher
 
 log = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
 # Lengths of packed rows are multiples of TOKEN_STEP times this, by the most steps that a recording is replayed for:
-# each length is recorded anew after a cut, which takes as long as twenty replays.
+# each length is recorded anew after a cut, which takes as long as twenty replays of a small model. A large one's time
+# and memory go with its tokens, padding included.
 STEP_FACTORS = {300: 4, 2000: 2}
+LARGE_MODEL_STEP_FACTOR = 0.5
 PackKind = Literal["tune", "gate gradients", "score"]
 GateTensors = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
@@ -163,6 +167,7 @@ class PackedPasses(_BasePasses):
         super().__post_init__(config)
         self.device = next(self.model.parameters()).device
         self.recorder = CudaGraphRecorder(self.device)
+        self.is_large = prunable_params(self.sites) >= LARGE_MODEL_PARAMS  # as loaded, and so to the end
         mode, is_long = config.train.compile, config.train.steps >= COMPILE_MIN_STEPS
         self.compiles = mode == "on" or (mode == "auto" and is_long)
         self.loss = TrainingLoss(self.loss.weights, self.compiles)
@@ -189,7 +194,8 @@ class PackedPasses(_BasePasses):
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
-        self.step_factor = next((factor for most, factor in STEP_FACTORS.items() if steps <= most), 1)
+        by_steps = next((factor for most, factor in STEP_FACTORS.items() if steps <= most), 1)
+        self.step_factor = LARGE_MODEL_STEP_FACTOR if self.is_large else by_steps
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
         self.reset_recordings()

@@ -1,18 +1,16 @@
 """Progress of a training run: records of steps, validations and checkpoints, and how a run resumes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from prunetune.cost.parameters import kept_share
-from prunetune.search.decision import Decision, detach_to
+from prunetune.pruning.units import kept_share
+from prunetune.search.select import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors
-from prunetune.train.generator_trainer import GeneratorTrainer
+from prunetune.train.decisions import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
 from prunetune.train.step_guard import StepGuard
@@ -85,10 +83,6 @@ class TrainingProgress:
         if self.schedule.cut_at(self.step - 1) or (record["phase"] == "search" and is_logged):
             record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
-
-    def validate(self, record: JsonObject, decision: Decision) -> Decision:
-        """Score the decided sub-network if a validation is due; a limit may change the decision from here on."""
-        return self.validation.validate_if_due(record, decision)
 
     def save_if_due(self, decision: Decision) -> None:
         """Save a checkpoint every `train.checkpoint_every` steps, and where a phase ends."""

@@ -1,11 +1,9 @@
 """When a run cuts, searches and tunes, and the learning rate: functions of the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from prunetune.config.recipe import RunConfig, TrainConfig
 from prunetune.errors import RunFolderError
@@ -82,7 +80,7 @@ class Schedule:
         """Whether a cut is still to be made when so many steps are done."""
         return bool(self.cuts) and self.cuts[-1].step >= steps
 
-    def decided_at(self, step: int) -> Schedule:
+    def decided_at(self, step: int) -> Self:
         """The same, but decided by `step`: no further cut, or a generator's once its decision has settled."""
         return replace(self, cuts=(Cut(max(step, self.settle), 1.0),) if self.settle else ())
 
@@ -91,7 +89,7 @@ class Schedule:
         return {"keep" if name == "allowed_keep" else name: value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` wrote; raises `RunFolderError` for a schedule of version 0.1, which decided otherwise."""
         if "cuts" not in values:
             raise RunFolderError(
@@ -114,12 +112,12 @@ def build_schedule(config: RunConfig) -> Schedule:
         settle = min(steps, end + round(steps * search.settle))
         return Schedule(steps, (Cut(settle, 1.0),), keep, search=end, settle=settle)
     count, share = search.cuts, search.span
-    if config.budget.quality:
+    if config.budget.has_quality:
         count, share = math.ceil((1 - keep) / QUALITY_CUT - 1e-9), QUALITY_SPAN
     count = max(1, min(count, steps))
     span = min(steps, max(count, round(steps * share)))
     cuts = tuple(Cut(index * span // count, (index + 1) / count) for index in range(count))
-    return Schedule(steps, cuts, keep, is_judged=config.budget.quality > 0)
+    return Schedule(steps, cuts, keep, is_judged=config.budget.has_quality)
 
 
 def one_cut_schedule(config: RunConfig) -> Schedule:

@@ -3,8 +3,6 @@
 Both change the steps that follow, so both are part of every checkpoint: a resumed run continues as it would have.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,7 @@ import torch
 from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
 from prunetune.train.passes import Passes
-from prunetune.utils.capture_lock import CAPTURE_LOCK
+from prunetune.utils.threads import CAPTURE_LOCK
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from prunetune.config.score_limits import QUALITY, ScoreLimit
+from prunetune.config.score_limits import STAGE_SCORE, ScoreLimit
 from prunetune.errors import LimitBroken
 from prunetune.evaluation.statistics import perplexity
 from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
-from prunetune.search.decision import Decision
 from prunetune.search.searcher import Searcher
+from prunetune.search.select import Decision
 from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
@@ -113,7 +113,7 @@ class Validation:
         is_judged = self.schedule.is_judged_after(record["step"])
         scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else decision, is_judged=is_judged)
         self.history = replace(self.history, last=scores)
-        limits = [limit for limit in self.limits if limit.metric != QUALITY or is_judged]
+        limits = [limit for limit in self.limits if is_judged or not limit.is_of_stages]
         broken = [limit for limit in limits if not limit.is_met(scores, self.history.dense)]
         fields = {name: record[name] for name in ("step", "phase", "kept")}
         if broken:
@@ -201,11 +201,11 @@ class Validation:
         if "roll-back" not in actions and self.schedule.decides_after(step):
             return self._back_off(step, broken, decision, reason)
         good = self.good_checkpoints.latest() if self.history.good else None
-        if good is None and any(limit.metric == QUALITY for limit in broken):
+        if good is None and any(limit.is_of_stages for limit in broken):
             self._add_event(step, broken, "nothing to go back to")
             raise LimitBroken(
                 f"no smaller model keeps the quality: the first cut leaves {100 * record['kept']:.0f}%, and after "
-                f"{step} steps {reason}; lower budget.quality, give more train.steps, or tune the dense model alone"
+                f"{step} steps {reason}; ask for a lower quality, give more train.steps, or tune the dense model alone"
             )
         if good is None:
             self._add_event(step, broken, "nothing to go back to")
@@ -225,9 +225,12 @@ class Validation:
 
     def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, reason: str) -> None:
         """Make the good state the newest checkpoint: weights, optimisers, and its decision, which is now final."""
-        found = self.history.last.get(QUALITY)
-        tried = "" if found is None else f"; quality of the smaller model: {found:.4g}"
-        self._add_event(step, broken, f"rolled back to step {good.step}{tried}")
+        judged = {limit.metric.removeprefix(STAGE_SCORE): limit.metric for limit in broken if limit.is_of_stages}
+        tried = [
+            f"; {name.removeprefix('valid.')} of the smaller model: {self.history.last[metric]:.4g}"
+            for name, metric in judged.items()
+        ]
+        self._add_event(step, broken, f"rolled back to step {good.step}{''.join(tried)}")
         kept = 100 * self.history.good["kept"]
         log.warning("step %d: %s: rolled back to step %d, %.1f%% kept", step, reason, good.step, kept)
         schedule = self.schedule.decided_at(step) if self.schedule.decides_after(good.step) else self.schedule

@@ -1,7 +1,5 @@
 """The trainer of the weights: the LoRA adapters, or all weights once the model is cut."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping
 
@@ -12,18 +10,18 @@ from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.remaining_sites import plan_within, remaining_sites
-from prunetune.search.decision import Decision, detach_to
+from prunetune.search.select import Decision, detach_to
 from prunetune.train.adapters import cut_tensors, trainable_parameters
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
 from prunetune.train.losses import FINAL_LASSO, SEARCH_LASSO, group_lasso
 from prunetune.train.muon import Muon
-from prunetune.train.parallel.sharding import CutLayers
+from prunetune.train.parallel.distributed import CutLayers
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import Schedule, learning_rate
 from prunetune.train.step_guard import StepGuard
+from prunetune.utils.determinism import derive_seed
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.seeds import derive_seed
 
 
 class WeightTrainer:
@@ -66,7 +64,7 @@ class WeightTrainer:
         if self.is_cut:
             return dict(self.passes.tune(batch, None))
         losses = self.passes.tune(batch, decision.gates)
-        if self.job.config.search.sparsity != "lasso" or not any(site.has_linear_slices for site in self.job.sites):
+        if self.job.config.search.sparsity != "lasso" or not any(site.linear_slices() for site in self.job.sites):
             return dict(losses)
         # On every rank all of it: it reads no example.
         penalty = group_lasso(self.job.model, detach_to(decision.gates, self.weights[0].device), self.sites)

@@ -1,7 +1,5 @@
 """Progress of a run on standard error: a live bar in a terminal, plain log lines elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
@@ -107,8 +105,7 @@ class LiveConsole:
 
     def _update(self, done: int, text: str, total: int | None = None) -> None:
         if self.task is not None:
-            known = {} if total is None else {"total": total}
-            self.progress.update(self.task, completed=done, text=printable(text), **known)  # type: ignore[arg-type]
+            self.progress.update(self.task, completed=done, total=total, text=printable(text))  # None: as it was
 
     def _finish(self) -> None:
         if self.task is not None:

@@ -1,7 +1,5 @@
 """Calls of what others wrote, such as templates, within a time."""
 
-from __future__ import annotations
-
 import ctypes
 import queue
 import threading

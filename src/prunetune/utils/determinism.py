@@ -1,7 +1,6 @@
-"""Deterministic kernels: the same seed on the same machine gives the same bits, on a GPU too."""
+"""Seeds of everything random, and deterministic kernels: the same bits on the same machine, on a GPU too."""
 
-from __future__ import annotations
-
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,17 @@ def deterministic(enabled: bool, device: torch.device) -> Iterator[None]:
             torch.mm(torch.zeros(1, 1, device=device), torch.zeros(1, 1, device=device))  # refused now, or never
         yield
     except RuntimeError as refused:
-        _raise_explained(refused)
+        message = str(refused)
+        if CUBLAS in message:
+            raise ConfigError(
+                f"deterministic: this process has used CUDA before, without {CUBLAS}: set it to "
+                f"{DETERMINISTIC_WORKSPACES[0]} before Python starts, or make the run in a process of its own"
+            ) from refused
+        if "does not have a deterministic implementation" in message:
+            raise ModelError(
+                f"deterministic: {message.split()[0]} has no deterministic form on this device, and this model needs "
+                "it: leave deterministic out"
+            ) from refused
         raise
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warns)
@@ -47,16 +56,7 @@ def deterministic(enabled: bool, device: torch.device) -> Iterator[None]:
             os.environ[CUBLAS] = workspace
 
 
-def _raise_explained(refused: RuntimeError) -> None:
-    """Raise PyTorch's errors about this mode as errors for users; return for all others."""
-    message = str(refused)
-    if CUBLAS in message:
-        raise ConfigError(
-            f"deterministic: this process has used CUDA before, without {CUBLAS}: "
-            f"set it to {DETERMINISTIC_WORKSPACES[0]} before Python starts, or make the run in a process of its own"
-        ) from refused
-    if "does not have a deterministic implementation" in message:
-        raise ModelError(
-            f"deterministic: {message.split()[0]} has no deterministic form on this device, and this model needs it: "
-            "leave deterministic out"
-        ) from refused
+def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """A 63-bit seed, different for each purpose and step, so that no generator's state has to be saved."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

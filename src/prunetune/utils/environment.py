@@ -1,7 +1,5 @@
 """Facts on the machine and the software: versions, commit, device, peak memory."""
 
-from __future__ import annotations
-
 import json
 import platform
 import resource
@@ -31,7 +29,13 @@ def describe_environment(device: torch.device, dtype: torch.dtype, command: str,
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
 
 
 def installed_commit() -> str:
@@ -48,13 +52,6 @@ def installed_commit() -> str:
         return ""
     revision = subprocess.run([git, "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
     return revision.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed as a package"
 
 
 def device_name(device: torch.device) -> str:

@@ -3,8 +3,6 @@
 Libraries raise these as errors of their own, so they are recognised by type name, error number and text; no torch here.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Files and folders that are written whole or not at all, checks of disk and permissions, digests."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -33,6 +31,12 @@ def expand_path(name: str | os.PathLike[str]) -> Path:
         if refused.errno == errno.ENAMETOOLONG:
             raise ConfigError(f"{shown}: no file can have so long a name; shorten it") from refused
     return path  # where something else is wrong, whoever opens it says so
+
+
+def home_folder() -> Path | None:
+    """$PRUNETUNE_HOME: what is known of runs and suites of all folders; None where it is not set."""
+    home = os.environ.get("PRUNETUNE_HOME")
+    return expand_path(home) if home else None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,5 @@
 """JSON objects, and files that hold one a line (.jsonl)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

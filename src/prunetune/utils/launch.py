@@ -1,7 +1,5 @@
 """One process among several that a launcher started: its rank, and a last line however it ends. No torch here."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Packages that only some jobs need: asked for, imported, or reported missing with the command that installs them."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType

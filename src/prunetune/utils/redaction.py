@@ -1,7 +1,5 @@
 """The one place that decides what is shown of rows: all, all but what patterns match, or nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

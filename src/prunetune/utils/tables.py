@@ -1,7 +1,5 @@
 """Tables as plain text, laid out by rich: fitted to a terminal, one line a row in files and pipes."""
 
-from __future__ import annotations
-
 import io
 import shutil
 import sys

@@ -1,8 +1,7 @@
-"""The number of CPU threads that this process may use. No torch here: it reads the number when it is imported."""
-
-from __future__ import annotations
+"""CPU threads: how many this process may use, and the lock of those that record CUDA graphs. No torch here."""
 
 import os
+import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -37,3 +36,8 @@ def _read_cpu_quota(*files: Path) -> float:
     except (OSError, ValueError):  # "max" is no number
         return 0.0
     return quota / period if quota > 0 and period > 0 else 0.0
+
+
+# Recording runs the model's Python under hooks and settings that two threads cannot use at once. Linear algebra
+# (`torch.linalg`) in one thread ends another one's recording: "operation not permitted when stream is capturing".
+CAPTURE_LOCK = threading.Lock()

@@ -1,7 +1,5 @@
 """What others wrote: files and JSON read within bounds, values shown short, text safe for terminals and Markdown."""
 
-from __future__ import annotations
-
 import html
 import json
 import math

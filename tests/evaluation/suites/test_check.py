@@ -25,7 +25,7 @@ from prunetune.evaluation.suites.suite import Suite
 from prunetune.export.gguf.write import write_gguf as write_gguf
 from prunetune.export.source import ExportSource
 from prunetune.model.adapter_folder import write_adapter_folder
-from prunetune.model.identity import ModelIdentity
+from prunetune.model.provenance import ModelIdentity
 from support.data import subwords, write_lines
 from support.evaluation import speaker
 from support.export import WIDE, plan_of, run_folder

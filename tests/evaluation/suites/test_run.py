@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,7 +57,7 @@ def test_second_evaluation_is_read_from_the_cache(tmp_path: Path, monkeypatch: p
     suite, folder, store = (
         suite_in(tmp_path, FULL),
         model_folder(tmp_path / "model"),
-        AnswerStore(tmp_path / "a.sqlite"),
+        AnswerStore(tmp_path / "cache"),
     )
     first = on_cpu(folder, store)
     evaluation = evaluate_suite(first, suite)
@@ -73,7 +72,7 @@ def test_second_evaluation_is_read_from_the_cache(tmp_path: Path, monkeypatch: p
 
 
 def test_cache_asks_the_backend_only_for_new_requests(tmp_path: Path) -> None:
-    store, scripted = AnswerStore(tmp_path / "a.sqlite"), ScriptedBackend()
+    store, scripted = AnswerStore(tmp_path / "cache"), ScriptedBackend()
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
     cached = CachedBackend(scripted, store)
     cached.run_requests("generate", records[:2], GenerationSettings(), lambda _: None)
@@ -120,7 +119,7 @@ def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
 
 def test_answers_before_an_interrupt_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunetune.evaluation.suites.cache.ANSWERS_PER_WRITE", 2)
-    scripted, store = ScriptedBackend(), AnswerStore(tmp_path / "a.sqlite")
+    scripted, store = ScriptedBackend(), AnswerStore(tmp_path / "cache")
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(5)]
 
     def stop(record: Record) -> str:
@@ -140,9 +139,9 @@ def test_answers_before_an_interrupt_are_cached(tmp_path: Path, monkeypatch: pyt
 
 
 def test_folder_hash_depends_on_contents(tmp_path: Path) -> None:
-    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
+    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "cache")
     before = folder_hash(folder, store)
-    assert folder_hash(folder, store) == before == folder_hash(folder, AnswerStore(tmp_path / "b.sqlite"))
+    assert folder_hash(folder, store) == before == folder_hash(folder, AnswerStore(tmp_path / "other"))
     (folder / "README.md").write_text("a card")
     assert folder_hash(folder, store) == before
     hashes = {before}
@@ -154,83 +153,71 @@ def test_folder_hash_depends_on_contents(tmp_path: Path) -> None:
 
 
 def test_folder_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
+    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "cache")
     before = folder_hash(folder, store)
-    monkeypatch.setattr(
-        "prunetune.evaluation.suites.cache._contents", lambda path: pytest.fail(f"{path} was read again")
-    )
+    monkeypatch.setattr("prunetune.evaluation.suites.cache.sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert folder_hash(folder, store) == before
 
 
-@pytest.mark.parametrize("place", ["garbage", "folder", "flipped"])
-def test_broken_cache_is_a_warning_only(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, record = AnswerStore(tmp_path / "a.sqlite"), Record(kind="completion", prompt="p", completion="c")
-    if place == "folder":
-        store.path.mkdir()
-    elif place == "garbage":
-        store.path.write_bytes(b"no database at all, but long enough to be taken for one" * 40)
+def answer_file(store: AnswerStore) -> Path:
+    """The one file of answers."""
+    (file,) = (file for file in store.folder.iterdir() if file.name != "files.jsonl")
+    return file
+
+
+@pytest.mark.parametrize("damage", ["garbage", "folder", "cut"])
+def test_broken_cache_costs_the_answers_in_it_only(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, settings = AnswerStore(tmp_path / "cache"), GenerationSettings()
+    records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(3)]
+    CachedBackend(ScriptedBackend(), store).run_requests("generate", records, settings, lambda _: None)
+    file = answer_file(store)
+    whole = file.read_bytes()
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
     else:
-        store.put("answers", [(f"k{number}", "x" * 1000) for number in range(20)])
-        whole = store.path.read_bytes()
-        store.path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
-    for _ in range(2):
+        file.write_bytes(b"\xff no lines \x00" * 40 if damage == "garbage" else whole[:-9])
+    for lost in ({"garbage": 3, "folder": 3, "cut": 1}[damage], 3 if damage == "folder" else 0):
         cached = CachedBackend(ScriptedBackend(), store)
-        assert cached.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
-    if place == "folder":
-        assert "cannot be read" in caplog.text
-    else:
-        assert "is no database any more" in caplog.text
-        assert cached.cache_hits == 1, "a new file took its place"
+        assert cached.run_requests("generate", records, settings, lambda _: None) == ["c"] * 3
+        assert cached.cache_misses == lost
+    assert ("cannot be read" in caplog.text) == (damage == "folder")
 
 
-DAMAGED = [
-    "null",
-    "5",
-    "[]",
-    "NaN",
-    "{",
-    "",
-    '"x"',
-    "[[1]]",
-    '[["a", "b"]]',
-    "[1, 2, 3]",
-    "[[1, 2]]",
-    b"\xff",
-    "[" * 9999,
-]
+DAMAGED = [None, 5, [], math.nan, "x", [[1]], [["a", "b"]], [1, 2, 3], [[1, 2]], {}, [True, 1, 1]]
 
 
 @pytest.mark.parametrize("kind", get_args(RequestKind))
 def test_damaged_answer_is_asked_again_and_replaced(kind: RequestKind, tmp_path: Path) -> None:
     record = Record(kind="completion", prompt="p", completion="c", choices=("c", "d"), answer=0)
-    store, scripted, settings = AnswerStore(tmp_path / "a.sqlite"), ScriptedBackend(), GenerationSettings()
-    cached = CachedBackend(scripted, store)
-    (whole,) = cached.run_requests(kind, [record], settings, lambda _: None)
-    key = cache_key(cached.fingerprint, kind, record, settings)
+    store, scripted, settings = AnswerStore(tmp_path / "cache"), ScriptedBackend(), GenerationSettings()
+    (whole,) = CachedBackend(scripted, store).run_requests(kind, [record], settings, lambda _: None)
+    name, key = answer_file(store).stem, cache_key(scripted.fingerprint, kind, record, settings)
     for number, damage in enumerate(DAMAGED):
-        if {"generate": '"x"', "nll": "[1, 2, 3]"}.get(kind) == damage:
+        if {"generate": "x", "nll": [1, 2, 3]}.get(kind) == damage:
             continue
-        store.put("answers", [(key, damage)])  # type: ignore[list-item]
+        store.put(name, {key: damage})
         asked = scripted.calls
         for _ in range(2):
-            assert cached.run_requests(kind, [record], settings, lambda _: None) == [whole], damage
+            answers = CachedBackend(scripted, store).run_requests(kind, [record], settings, lambda _: None)
+            assert answers == [whole], damage
         assert scripted.calls == asked + 1, f"{number}: once, and then kept"
 
 
 def test_damaged_digest_is_computed_again(tmp_path: Path) -> None:
-    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
+    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "cache")
     whole = folder_hash(folder, store)
-    for damage in ("", "0" * 63, b"\xff"):
-        with sqlite3.connect(store.path) as base:
-            base.execute("UPDATE files SET digest = ?", (damage,))
-        base.close()
+    for damage in ("", "0" * 63, 5, None, ["0" * 64]):
+        store.put("files", dict.fromkeys(store.get("files"), damage))
         assert folder_hash(folder, store) == whole
 
 
 def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path / "deep" / "a.sqlite")
-    store.put("answers", [(f"k{n}", str(n)) for n in range(1200)])
-    assert len(store.get("answers", [f"k{n}" for n in range(2000)])) == 1200
+    store = AnswerStore(tmp_path / "deep" / "cache")
+    store.put("many", {f"k{n}": str(n) for n in range(1200)})
+    assert store.get("many") == {f"k{n}": str(n) for n in range(1200)}
     scripted = ScriptedBackend()
     scripted._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
     for _ in range(2):
@@ -239,9 +226,16 @@ def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:
         )
         assert math.isnan(answer[0])
     assert scripted.calls == 1
-    with sqlite3.connect(store.path) as base:
-        assert base.execute("SELECT count(*) FROM answers").fetchone() == (1201,)
-    base.close()
+
+
+def test_answers_of_two_processes_are_all_kept(tmp_path: Path) -> None:
+    records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
+    one, other = (CachedBackend(ScriptedBackend(), AnswerStore(tmp_path / "cache")) for _ in range(2))
+    for backend, own in ((one, records[:2]), (other, records[2:])):
+        backend.run_requests("generate", own, GenerationSettings(), lambda _: None)
+    third = CachedBackend(ScriptedBackend(), AnswerStore(tmp_path / "cache"))
+    third.run_requests("generate", records, GenerationSettings(), lambda _: None)
+    assert third.cache_hits == 4
 
 
 def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:

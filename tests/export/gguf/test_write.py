@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
-from prunetune.export.gguf import llamacpp, mixes, tensors
+from prunetune.export.gguf import llamacpp, tensors
 from prunetune.export.gguf.architectures import LLAMA, UNIFORM_ARCHITECTURES, select_architecture
-from prunetune.export.gguf.rounding import rounded_as_stored
-from prunetune.export.gguf.tensors import build_tensors
+from prunetune.export.gguf.tensors import build_tensors, rounded_as_stored
 from prunetune.export.gguf.write import verify_tensors, write_gguf
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
@@ -272,7 +271,7 @@ def test_export_refuses_values_beyond_float16(tmp_path: Path) -> None:
     assert not list(run.rglob("*.gguf*"))
 
 
-@pytest.mark.parametrize("dtype", mixes.MIXES)
+@pytest.mark.parametrize("dtype", tensors.MIXES)
 def test_mix_without_its_library_names_the_extra(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
@@ -326,14 +325,14 @@ def test_rows_that_256_does_not_divide_take_the_next_larger_type(dtype: str, wid
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused_before_llama_cpp_sees_them(value: float) -> None:
     with pytest.raises(ModelError, match=r"a\.weight holds values that are not finite"):
-        mixes.quantize_block(np.full((1, 256), value, np.float32), Type.Q4_K, "a.weight")
+        tensors.quantize_block(np.full((1, 256), value, np.float32), Type.Q4_K, "a.weight")
 
 
 def test_types_that_gguf_py_makes_too_are_equal_to_the_bit() -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
     rows = torch.randn(3, 512).numpy()
     for type in (Type.Q4_0, Type.Q5_0, Type.Q5_1, Type.Q8_0):
-        assert np.array_equal(mixes.quantize_block(rows, type, "a"), gguf.quants.quantize(rows, type))
+        assert np.array_equal(tensors.quantize_block(rows, type, "a"), gguf.quants.quantize(rows, type))
 
 
 def test_error_line_prefers_the_message_of_llama_cpp() -> None:

@@ -24,7 +24,7 @@ from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.stages import train
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.train.checkpoints import Checkpoints
-from prunetune.train.parallel.distributed_passes import distribute_passes
+from prunetune.train.parallel.distributed import distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, init_distributed
 from prunetune.train.passes import PassSize
 from prunetune.train.step_guard import StepGuard

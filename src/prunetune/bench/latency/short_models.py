@@ -15,10 +15,9 @@ import torch
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.model.loading import DTYPES
 from prunetune.plan import Plan
-from prunetune.pruning.cut import cut
+from prunetune.pruning.cut import cut, remove_layers_from_config
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS, UnitKind
-from prunetune.pruning.whole_blocks import remove_layers_from_config
 
 CPU_CACHE = 32 * 2**20  # bytes, of a usual processor
 MIN_LAYERS, MAX_LAYERS = 4, 32  # that are cut to a width

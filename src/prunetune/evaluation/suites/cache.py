@@ -1,74 +1,61 @@
-"""Cache of a model's answers, by model and request: an SQLite file in the user's cache folder."""
+"""Cache of a model's answers, by model and request: files of JSON lines in the user's cache folder."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
-import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from prunetune.data.records import Record
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.model.gguf_import import cache_folder
+from prunetune.utils.files import sha256
+from prunetune.utils.json_lines import JsonObject, read_json_lines
 from prunetune.utils.redaction import SHOW_ALL, Redaction
-from prunetune.utils.sqlite import UNUSABLE, run_in_database
-from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 # What a key calls each kind (the words of 0.1.0, so that its caches stay valid), and a version that rises whenever
 # answers of the kind are computed differently.
 KEY_WORDS: Mapping[RequestKind, str] = {"loglikelihood": "choose", "generate": "write", "nll": "weigh"}
 REQUEST_VERSIONS: Mapping[RequestKind, int] = {"loglikelihood": 1, "generate": 2, "nll": 2}
-TABLES = (
-    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
-)
-KEYS_PER_QUERY = 500
 ANSWERS_PER_WRITE = 1000  # an evaluation that is stopped loses at most this many
 
 
 @dataclass
 class AnswerStore:
-    """The SQLite file: answers, and digests of model files. If it cannot be used, only a warning is logged."""
+    """A folder of JSON lines: a file for each model's answers, and one of digests of model files.
 
-    path: Path = field(default_factory=lambda: cache_folder() / "answers.sqlite")
+    A line that is cut short or damaged is passed over. If a file cannot be used, only a warning is logged.
+    """
 
-    def get(self, table: str, keys: Sequence[str]) -> dict[str, str]:
-        """The stored values of these keys, as far as there are any."""
+    folder: Path = field(default_factory=lambda: cache_folder() / "answers")
 
-        def read(store: sqlite3.Connection) -> dict[str, str]:
-            known: dict[str, str] = {}
-            for start in range(0, len(keys), KEYS_PER_QUERY):
-                asked = keys[start : start + KEYS_PER_QUERY]
-                marks = ",".join("?" * len(asked))
-                known |= dict(store.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", asked))  # noqa: S608 - table names are ours
-            return {key: value for key, value in known.items() if isinstance(value, str)}
-
+    def get(self, name: str) -> JsonObject:
+        """The values in a file by key; later ones replace earlier ones."""
+        file = self.folder / f"{name}.jsonl"
         try:
-            return run_in_database(self.path, TABLES, read)
-        except UNUSABLE as broken:
-            log.warning("cache %s: cannot be read (%s); remove it to have one again", self.path, broken)
-            return {}
+            records = read_json_lines(file)[0] if file.exists() else []
+        except OSError as broken:
+            log.warning("cache %s: cannot be read (%s); remove it to have one again", file, broken)
+            records = []
+        return {key: value for record in records for key, value in record.items()}
 
-    def put(self, table: str, pairs: Iterable[tuple[str, str]]) -> None:
-        """Store (key, value) pairs; later ones replace earlier ones."""
-        rows = list(pairs)
+    def put(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add values to a file."""
+        file = self.folder / f"{name}.jsonl"
         try:
-            run_in_database(
-                self.path,
-                TABLES,
-                lambda store: store.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows),  # noqa: S608 - table names are ours
-            )
-        except UNUSABLE as broken:
-            log.warning("cache %s: cannot be written (%s)", self.path, broken)
-
-
-_KEYS = {"answers": "key", "files": "stamp"}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:  # after a line that a kill has cut short
+                lines.write("".join(f"\n{json.dumps({key: value})}" for key, value in values.items()) + "\n")
+        except OSError as broken:
+            log.warning("cache %s: cannot be written (%s)", file, broken)
 
 
 @dataclass
@@ -103,11 +90,10 @@ class CachedBackend:
             self.cache_misses += len(records)
             return self.backend.run_requests(kind, records, settings, tick)
         keys = [cache_key(self.fingerprint, kind, record, settings) for record in records]
-        stored = self.store.get("answers", list(dict.fromkeys(keys)))
         known = {
-            key: answer
+            key: self._stored[key]
             for key, record in zip(keys, records, strict=True)
-            if key in stored and (answer := parse_answer(stored[key], kind, record)) is not None
+            if key in self._stored and is_answer(self._stored[key], kind, record)
         }
         missing = [index for index, key in enumerate(keys) if key not in known]
         self.cache_hits += len(keys) - len(missing)
@@ -117,28 +103,30 @@ class CachedBackend:
             chunk = missing[start : start + ANSWERS_PER_WRITE]
             answers = self.backend.run_requests(kind, [records[index] for index in chunk], settings, tick)
             fresh = {keys[index]: answer for index, answer in zip(chunk, answers, strict=True)}
-            kept = [item for item in fresh.items() if kind != "generate" or self.redaction.text(item[1]) == item[1]]
-            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in kept])
+            may_be_kept = (kind != "generate" or self.redaction.text(answer) == answer for answer in fresh.values())
+            kept = dict(itertools.compress(fresh.items(), may_be_kept))
+            self.store.put(_digest(self.fingerprint), kept)
+            self._stored.update(kept)
             known |= fresh
         return [known[key] for key in keys]
 
+    @cached_property
+    def _stored(self) -> JsonObject:
+        """The model's answers by `cache_key`."""
+        return self.store.get(_digest(self.fingerprint))
 
-def parse_answer(text: str, kind: RequestKind, record: Record) -> Any:
-    """The answer in a row of the cache; None for one that is damaged, which is asked again and replaced."""
-    try:
-        answer = parse_json(text, nan=True)
-    except ValueError:
-        return None
+
+def is_answer(answer: Any, kind: RequestKind, record: Record) -> bool:
+    """Whether a value of the cache is an answer to this request; one that is damaged is asked again and replaced."""
     if kind == "generate":
-        return answer if isinstance(answer, str) else None
+        return isinstance(answer, str)
     rows, count, length = (answer, len(record.choices), 2) if kind == "loglikelihood" else ([answer], 1, 3)
-    is_whole = (
+    return (
         isinstance(rows, list)
         and len(rows) == count
         and all(isinstance(row, list) and len(row) == length for row in rows)
         and all(type(number) in (int, float) for row in rows for number in row)
     )
-    return answer if is_whole else None
 
 
 def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: GenerationSettings) -> str:
@@ -168,28 +156,17 @@ def folder_hash(folder: Path, store: AnswerStore) -> str:
 def files_hash(files: Sequence[Path], store: AnswerStore) -> str:
     """SHA-256 over the names and contents of files of different names."""
     stamps = {path.name: _stamp(path) for path in files}
-    stored = store.get("files", list(stamps.values()))
-    known = {stamp: digest for stamp, digest in stored.items() if re.fullmatch("[0-9a-f]{64}", digest)}
-    digests, fresh = {}, []
-    for path in files:
-        stamp = stamps[path.name]
-        if stamp not in known:
-            fresh.append((stamp, _contents(path)))
-        digests[path.name] = known.get(stamp) or fresh[-1][1]
+    known = {stamp: digest for stamp, digest in store.get("files").items() if re.fullmatch("[0-9a-f]{64}", str(digest))}
+    fresh = {stamps[path.name]: sha256(path) for path in files if stamps[path.name] not in known}
     if fresh:
         store.put("files", fresh)
-    return _digest(sorted(digests.items()))
+    return _digest(sorted((name, (known | fresh)[stamp]) for name, stamp in stamps.items()))
 
 
 def _stamp(path: Path) -> str:
     status = path.stat()
     # Tools that copy a file's other times cannot set back its time of change (ctime).
     return f"{path.resolve()}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}/{status.st_ino}"
-
-
-def _contents(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(value: Any) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from prunetune.errors import PrunetuneError
+from prunetune.errors import DataError, PrunetuneError
 from prunetune.evaluation.paired import PairedComparison, compare_paired, holm
 from prunetune.evaluation.results import (
     MAX_PROMPT_CHARS,
@@ -19,7 +20,7 @@ from prunetune.evaluation.results import (
     higher_is_better,
     recovery,
 )
-from prunetune.evaluation.statistics import PER_ITEM_METRIC, is_same_question, keep_same_questions
+from prunetune.evaluation.statistics import PER_ITEM_METRIC, is_same_question, keep_same_questions, paired_difference
 from prunetune.evaluation.suites.suite import Suite, Task
 from prunetune.evaluation.suites.suite_limits import SuiteLimit
 from prunetune.utils.redaction import SHOW_ALL, Redaction
@@ -73,6 +74,8 @@ class CheckResult:
     errors: dict[str, str]  # task -> why it could not be judged
     scores: dict[str, dict[str, tuple[float, float]]]  # task -> metric -> the model's and the reference's
     reference: str = ""  # what the model was compared with
+    # task -> metric -> the model's minus the reference's over common items, and its standard error
+    differences: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def broken(self) -> tuple[Verdict, ...]:
@@ -116,7 +119,9 @@ def check_limits(
     pairs = _scored_pairs(evaluation, reference, errors)
     failures = tuple(failure for mine, theirs in pairs for failure in new_failures(mine, theirs, redaction))
     scores = {mine.task: _side_by_side(mine, theirs) for mine, theirs in _all_pairs(evaluation, reference)}
-    return CheckResult(tuple(_corrected(verdicts, suite.correction)), failures, errors, scores)
+    differences = {mine.task: _paired_differences(mine, theirs) for mine, theirs in pairs}
+    verdicts = _corrected(verdicts, suite.correction)
+    return CheckResult(tuple(verdicts), failures, errors, scores, differences=differences)
 
 
 class LimitNotApplicable(PrunetuneError):
@@ -267,6 +272,15 @@ def _side_by_side(mine: TaskResult, theirs: TaskResult | None) -> dict[str, tupl
         metric: (score.value, others[metric].value if metric in others else math.nan)
         for metric, score in mine.scores.items()
     }
+
+
+def _paired_differences(mine: TaskResult, theirs: TaskResult) -> dict[str, tuple[float, float]]:
+    differences = {}
+    for metric in mine.scores:
+        with suppress(DataError):  # no item has it in both
+            difference = paired_difference(mine, theirs, metric)
+            differences[metric] = difference.value, difference.se
+    return differences
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.suites.cache import CachedBackend
 from prunetune.evaluation.suites.check import CheckResult, check_limits
 from prunetune.evaluation.suites.http_client import public_url
 from prunetune.evaluation.suites.open_model import (
@@ -18,6 +19,7 @@ from prunetune.evaluation.suites.open_model import (
 )
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
+from prunetune.evaluation.suites.score_history import record_scores
 from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite
 
@@ -53,7 +55,11 @@ def _evaluate(
     if isinstance(backend, Evaluation):
         return backend
     allow = {*allow, *options.permissions}
-    return evaluate_suite(backend, suite, allow=allow, progress=progress, redaction=options.redaction)
+    evaluation = evaluate_suite(backend, suite, allow=allow, progress=progress, redaction=options.redaction)
+    # Without a cache the files of a model, which may be large, are read for nothing else than its version.
+    version = backend.fingerprint if isinstance(backend, CachedBackend) else ""
+    record_scores(evaluation, suite.source, public_url(model), version)
+    return evaluation
 
 
 def check(

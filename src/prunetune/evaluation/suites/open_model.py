@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.config.recipe import RunConfig, load_saved_recipe
-from prunetune.errors import DataError, ModelError
+from prunetune.errors import ConfigError, DataError, ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, files_hash, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
@@ -20,7 +20,6 @@ from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.manifest import Manifest
-from prunetune.model.identity import ModelIdentity
 from prunetune.model.loading import (
     load_config,
     load_model_and_tokenizer,
@@ -29,6 +28,7 @@ from prunetune.model.loading import (
     pick_dtype,
     resolve_model_path,
 )
+from prunetune.model.provenance import ModelIdentity
 from prunetune.model.reduced_vocabulary import reduced_model_of
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import require_installed
@@ -50,12 +50,21 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
 
 
 def with_redaction_of_runs(options: EvalOptions, *names: str) -> EvalOptions:
-    """The options, with rows hidden and redacted also as the recipes of runs among these names say."""
-    runs = [run for name in names if "://" not in name and (run := read_run_config(expand_path(name)))]
+    """The options, with rows hidden and redacted also as the recipes say of runs named, and of runs of models named."""
+    runs = [run for name in names if "://" not in name and (run := _recipe_of_run_around(expand_path(name)))]
     reports = [options, *(run.report for run in runs)]
     is_off = any(report.samples == "off" for report in reports)
     patterns = dict.fromkeys(pattern for report in reports for pattern in report.redact)
     return replace(options, samples="off" if is_off else "on", redact=tuple(patterns))
+
+
+def _recipe_of_run_around(path: Path) -> RunConfig | None:
+    """The recipe of a run folder, or of the one that a model in it is of: RUN/model, RUN/tuned/adapter."""
+    for folder in path.absolute().parents[:2] if read_run_config(path) is None else ():
+        with suppress(ConfigError):  # another project's config.yaml
+            if (folder / "manifest.json").is_file() and (config := read_run_config(folder)):
+                return config
+    return read_run_config(path)
 
 
 def check_can_open(name: str, options: EvalOptions) -> None:

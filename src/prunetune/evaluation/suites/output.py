@@ -32,12 +32,12 @@ def _format_error(value: float) -> str:
 def render_check(check: CheckResult) -> str:
     """Scores side by side, limits, new failures with both answers, and what could not be judged."""
     rows = [
-        (task, metric, f"{score:.4f}", f"{reference:.4f}")
+        (task, metric, f"{score:.4f}", f"{reference:.4f}", _format_difference(check, task, metric))
         for task, metrics in check.scores.items()
         for metric, (score, reference) in metrics.items()
     ]
     lines = [f"reference: {check.reference}", ""] if check.reference else []
-    lines += table_lines(("task", "metric", ">model", ">reference"), rows)
+    lines += table_lines(("task", "metric", ">model", ">reference", ">difference ± SE"), rows)
     lines += ["", *(f"{'BROKEN' if verdict.broken else 'holds '}  {verdict.says}" for verdict in check.verdicts)]
     lines += [f"ERROR   {task}: {error}" for task, error in check.errors.items()]
     if check.failures:
@@ -46,6 +46,11 @@ def render_check(check: CheckResult) -> str:
         if len(check.failures) > LISTED:
             lines.append(f"and {len(check.failures) - LISTED} more: --json or --junit lists all")
     return _joined(lines)
+
+
+def _format_difference(check: CheckResult, task: str, metric: str) -> str:
+    value, error = check.differences.get(task, {}).get(metric, (math.nan, math.nan))
+    return f"{value:+.4f} ± {_format_error(error)}" if math.isfinite(value) else "–"
 
 
 def _joined(lines: Sequence[str]) -> str:

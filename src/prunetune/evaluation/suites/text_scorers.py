@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.corpus_metrics import sentence_bleu, sentence_chrf
+from prunetune.evaluation.statistics import sentence_bleu, sentence_chrf
 from prunetune.evaluation.suites.protocol import Response
 from prunetune.evaluation.text_metrics import RougeTokenizer, normalise_text
 from prunetune.evaluation.text_metrics import exact_match as is_same_text

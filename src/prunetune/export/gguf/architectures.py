@@ -3,10 +3,8 @@
 Read from its loaders (src/models/*.cpp, release of 2026-10-01) and tested in it. Names of tensors are gguf-py's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -55,14 +53,7 @@ LLAMA = GgufArchitecture(
     biased=ALL_LINEARS,
     rope_types=frozenset({"default", "linear", "yarn", "llama3"}),
 )
-DECI = GgufArchitecture(
-    name="deci",
-    interleaved_rope=True,
-    biased=ALL_LINEARS,
-    rope_types=LLAMA.rope_types,
-    per_layer_widths=True,
-    allows_no_attention=True,
-)
+DECI = replace(LLAMA, name="deci", per_layer_widths=True, allows_no_attention=True)
 OPENELM = GgufArchitecture(name="openelm", fused_qkv=True, tied_embeddings=True, per_layer_widths=True)
 QWEN2 = GgufArchitecture(name="qwen2", biased=QKV, heads_fill_hidden=True)
 QWEN3 = GgufArchitecture(name="qwen3", biased=QKV)
@@ -86,22 +77,17 @@ GRANITE = GgufArchitecture(
     },
 )
 GEMMA = GgufArchitecture(name="gemma", activation="gelu_pytorch_tanh", tied_embeddings=True, norm_offset=1.0)
-GEMMA2 = GgufArchitecture(
+GEMMA2 = replace(
+    GEMMA,
     name="gemma2",
-    activation="gelu_pytorch_tanh",
-    tied_embeddings=True,
-    norm_offset=1.0,
     sliding_window=True,
-    float_keys={
-        "attn_logit_softcapping": "attn_logit_softcapping",
-        "final_logit_softcapping": "final_logit_softcapping",
-    },
+    float_keys={name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")},
     required_values={"query_pre_attn_scalar": _head_dim},
 )
-GEMMA3 = GgufArchitecture(
+GEMMA3 = replace(
+    GEMMA,
     name="gemma3",
-    activation="gelu_pytorch_tanh",
-    norm_offset=1.0,
+    tied_embeddings=False,
     sliding_window=True,
     required_values={"query_pre_attn_scalar": _head_dim, "attn_logit_softcapping": lambda _: None},
 )

@@ -1,7 +1,5 @@
 """Checks a GGUF file in llama.cpp (xllamacpp): next tokens against transformers in float32, and texts' tokens."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,14 +1,18 @@
 """A model's tensors in llama.cpp's names, row order and types; read and converted block by block."""
 
-from __future__ import annotations
-
+import copy
+import ctypes
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from io import BufferedWriter
+from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
@@ -16,9 +20,9 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 from prunetune.export.gguf.architectures import GgufArchitecture, rope_options
-from prunetune.export.gguf.mixes import K_TYPES, MIXES, mixed_types, quantize_block
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
+from prunetune.utils.optional import require_installed
 
 GGML_TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 MAX_BLOCK_VALUES = 2**22  # converted at a time: 16 MiB in float32
@@ -92,6 +96,8 @@ def quantize_rows(rows: Tensor, type: Type, name: str) -> NDArray[Any]:
 
 def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> tuple[GgufTensor, ...]:
     """All tensors of the file, in the order of the stored ones; raises `ModelError` for one that has no name there."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     gguf_arch = next(known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.name)
     names = gguf.get_tensor_name_map(gguf_arch, source.config.num_hidden_layers)
     tensors = []
@@ -121,26 +127,126 @@ def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> t
         offset = arch.norm_offset if stored.endswith("norm.weight") else 0.0
         tensors.append(GgufTensor(name, parts, shape, Type.F32, heads, offset))
     types = tensor_types({tensor.name: tensor.shape for tensor in tensors}, dtype)
-    return (*(replace(tensor, type=types.get(tensor.name, Type.F32)) for tensor in tensors), *_rope_factors(source))
+    tensors = [replace(tensor, type=types.get(tensor.name, Type.F32)) for tensor in tensors]
+    rope = rope_options(source.config)["full_attention"]
+    if rope.get("rope_type") == "llama3":  # its scaling of positions is a tensor of divisors of the frequencies
+        head_dim = head_counts(source.config).head_dim
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
+        unscaled = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        factors = unscaled / scaled
+        tensors.append(GgufTensor("rope_freqs.weight", (), tuple(scaled.shape), Type.F32, computed=factors))
+    return tuple(tensors)
 
 
 def tensor_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Type]:
-    """{matrix: its type in the file}, of {tensor: its shape}; float16 for rows that do not divide into blocks."""
+    """{matrix: its type in the file}, of {tensor: its shape}; float16 for rows that do not divide into blocks.
+
+    In a mix (q4_k_m and others), which tensor gets which type follows llama.cpp's own tool (`llama_tensor_get_type`).
+    """
+    types = {}
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            continue
+        type = MIXES[dtype].most if dtype in MIXES else GGML_TYPES[dtype]
+        if dtype in MIXES:
+            mix, kind = MIXES[dtype], name.split(".", 2)[-1] if name.startswith("blk.") else name
+            if name == head:
+                type = Type.Q6_K  # of the head, or the embedding that it is tied to
+            elif kind == "attn_qkv.weight":
+                type = mix.fused
+            elif kind in FINER_TENSORS:
+                layers = sorted(int(other.split(".")[1]) for other in shapes if other.endswith(f".{kind}"))
+                index, eighth = layers.index(int(name.split(".")[1])), len(layers) // 8
+                is_finer = index < eighth or index >= 7 * len(layers) // 8 or (index - eighth) % 3 == 2
+                type = mix.finer if is_finer else mix.most
+            if shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+                type = OF_OTHER_ROWS.get(type, type)
+        types[name] = type if shape[-1] % gguf.GGML_QUANT_SIZES[type][0] == 0 else Type.F16
+    return types
+
+
+ROWS_AT_ONCE = 2**22  # values
+
+
+@torch.no_grad()
+def rounded_as_stored(model: Any, dtype: str) -> tuple[Any, int]:
+    """A copy whose matrices went through the types of a GGUF file and back, and the bytes of that file's tensors.
+
+    Activations stay as they are, where llama.cpp rounds them to 8 bits. Vectors count as float32, as the file has them.
+    Raises `MissingPackage` where llama.cpp's library is needed and not installed, `ModelError` for values that are not
+    finite.
+    """
     if dtype in MIXES:
-        return mixed_types(shapes, dtype)
-    preferred = GGML_TYPES[dtype]
-    divides = {name: shape[-1] % gguf.GGML_QUANT_SIZES[preferred][0] == 0 for name, shape in shapes.items()}
-    return {name: preferred if divides[name] else Type.F16 for name, shape in shapes.items() if len(shape) > 1}
+        require_library(dtype)
+    rounded = copy.deepcopy(model)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.get_text_config().num_hidden_layers)
+    weights = {
+        names.get_name(name, (".weight", ".bias")) or name: weight for name, weight in rounded.named_parameters()
+    }
+    types = tensor_types({name: tuple(weight.shape) for name, weight in weights.items()}, dtype)
+    size = 0
+    for name, weight in weights.items():
+        type = types.get(name, Type.F32)
+        values, block = gguf.GGML_QUANT_SIZES[type]
+        size += math.prod(weight.shape) // int(values) * int(block)
+        if weight.dim() != 2 or name not in types:
+            continue
+        for rows in weight.data.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
+            stored = quantize_rows(rows.float().cpu(), type, name)
+            rows.copy_(torch.from_numpy(gguf.quants.dequantize(stored, type)))
+    return rounded, size
 
 
-def _rope_factors(source: ExportSource) -> tuple[GgufTensor, ...]:
-    """Llama 3's scaling of positions, which a GGUF file holds as a tensor of divisors of the frequencies."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+@dataclass(frozen=True)
+class Mix:
+    """Types of matrices, by what they are."""
 
-    rope = rope_options(source.config)["full_attention"]
-    if rope.get("rope_type") != "llama3":
-        return ()
-    head_dim = head_counts(source.config).head_dim
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
-    unscaled = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return (GgufTensor("rope_freqs.weight", (), tuple(scaled.shape), Type.F32, computed=unscaled / scaled),)
+    most: Type
+    finer: Type  # values and down projections of the first and last eighth of the layers, and of each third between
+    fused: Type  # queries, keys and values in one
+
+
+MIXES = {
+    "q4_0": Mix(Type.Q4_0, Type.Q4_0, Type.Q4_0),
+    "q5_0": Mix(Type.Q5_0, Type.Q5_0, Type.Q5_0),
+    "q4_k_m": Mix(Type.Q4_K, Type.Q6_K, Type.Q5_K),
+    "q5_k_m": Mix(Type.Q5_K, Type.Q6_K, Type.Q6_K),
+    "q6_k": Mix(Type.Q6_K, Type.Q6_K, Type.Q6_K),
+}
+OF_OTHER_ROWS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}  # which 256 does not divide
+K_TYPES = tuple(OF_OTHER_ROWS)  # the others gguf-py makes, too, to the same bits
+FINER_TENSORS = ("attn_v.weight", "ffn_down.weight")
+
+
+def require_library(dtype: str) -> None:
+    """Raises `MissingPackage` where the package with llama.cpp's library is not installed."""
+    require_installed("xllamacpp", extra="llamacpp", use=f"GGUF in {dtype}")
+
+
+def quantize_block(rows: NDArray[np.float32], type: Type, name: str) -> NDArray[Any]:
+    """[R, C] -> uint8 [R, bytes of a row]; raises `ModelError` for values that are not finite, which would end it."""
+    if not np.isfinite(rows).all():
+        raise ModelError(f"{name} holds values that are not finite: export with --dtype f32, and look at the run")
+    values, size = gguf.GGML_QUANT_SIZES[type]
+    blocks = np.empty((rows.shape[0], rows.shape[1] // values * size), np.uint8)
+    written = _quantize_function()(type, rows.ctypes.data, blocks.ctypes.data, 0, *rows.shape, None)
+    if written != blocks.nbytes:
+        raise ModelError(f"{name}: llama.cpp made {written} bytes of {type.name}, not {blocks.nbytes}; take q8_0")
+    return blocks
+
+
+@cache
+def _quantize_function() -> Any:
+    """(type, float32 rows, blocks, first row, rows, values of a row, no weights of importance) -> bytes written.
+
+    Of llama.cpp's library, which lies inside the wheel of xllamacpp: the Python interface of that does not quantise.
+    """
+    spec = find_spec("xllamacpp")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (library,) = Path(spec.submodule_search_locations[0]).glob("xllamacpp*.so")
+    function = ctypes.CDLL(str(library)).ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    return function

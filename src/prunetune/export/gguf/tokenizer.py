@@ -4,8 +4,6 @@ llama.cpp does not read the pattern that splits a text before merging; it has a 
 is looked up, and one that is not in the table is refused: with a wrong name the tokenizer would be almost right.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,14 +45,8 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     """Write the keys; returns a note on their origin. Raises `ModelError` if llama.cpp cannot open the tokenizer."""
     base = gguf_file(source.base) if source.base else None
-    if base is not None and base.is_file():
-        _copy_base_keys(writer, source, base)
-        return f"tokenizer keys of {base.name}"
-    return _write_from_tokenizer_json(writer, source)
-
-
-def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
-    """Copy all keys of the tokenizer from the GGUF file that the run started from."""
+    if base is None or not base.is_file():
+        return _write_from_tokenizer_json(writer, source)
     with reading_model_files(f"{base}: cannot be read as GGUF", "check the file or fetch it again"):
         reader = gguf.GGUFReader(base)
     fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
@@ -63,6 +55,7 @@ def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -
         raise ModelError(f"{base} has {tokens} tokens and the model {source.config.vocab_size}: name the right base")
     for name, field in fields.items():
         writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    return f"tokenizer keys of {base.name}"
 
 
 def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
@@ -76,12 +69,35 @@ def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) ->
     pre_tokenizer = "default" if is_sentencepiece else pre_tokenizer_name(values, file)
     writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
-    tokens, types = _tokens_and_types(source, values, is_sentencepiece=is_sentencepiece)
+    # The token and its type for each row of the embedding; an added token without a row is left out.
+    rows = source.config.vocab_size
+    tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
+    added = {token["id"]: token for token in values.get("added_tokens", ())}
+    vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
+    if max(vocabulary, default=0) >= rows:
+        raise ModelError(
+            f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows: put the "
+            "tokenizer of this model into the folder"
+        )
+    vocabulary |= {index: token["content"] for index, token in added.items() if index < rows}
+    for index, token in vocabulary.items():
+        tokens[index] = token
+        types[index] = int(gguf.TokenType.NORMAL)
+        if is_sentencepiece and len(token) == 6 and token.startswith("<0x"):
+            types[index] = int(gguf.TokenType.BYTE)
+        if index in added:
+            special = added[index]["special"]
+            types[index] = int(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if is_sentencepiece:
-        writer.add_token_scores(_merge_scores(values, tokens))
-        writer.add_add_space_prefix(_adds_space_prefix(values))
+        ranks: dict[str, int] = {}  # SentencePiece merges the pair with the best score first: minus the rank
+        for rank, merge in enumerate(values["model"]["merges"]):
+            ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
+        steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
+        prefixes = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
+        writer.add_add_space_prefix(any(prefix in steps for prefix in prefixes))
     special = gguf.SpecialVocab(source.folder, load_merges=not is_sentencepiece, n_vocab=len(tokens))
     if not is_sentencepiece and not special.merges:
         raise ModelError(
@@ -118,45 +134,3 @@ def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         return (str(step["pattern"].get("Regex", step["pattern"])),)
     return (str(kind),)
-
-
-def _tokens_and_types(
-    source: ExportSource, values: Mapping[str, Any], *, is_sentencepiece: bool
-) -> tuple[list[str], list[int]]:
-    """The token and its type for each row of the embedding. An added token without a row is left out.
-
-    Raises `ModelError` for a vocabulary that is larger than the embedding.
-    """
-    rows = source.config.vocab_size
-    tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
-    added = {token["id"]: token for token in values.get("added_tokens", ())}
-    vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
-    if max(vocabulary, default=0) >= rows:
-        raise ModelError(
-            f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows: put the "
-            "tokenizer of this model into the folder"
-        )
-    vocabulary |= {index: token["content"] for index, token in added.items() if index < rows}
-    for index, token in vocabulary.items():
-        tokens[index] = token
-        types[index] = int(gguf.TokenType.NORMAL)
-        if is_sentencepiece and len(token) == 6 and token.startswith("<0x"):
-            types[index] = int(gguf.TokenType.BYTE)
-        if index in added:
-            special = added[index]["special"]
-            types[index] = int(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
-    return tokens, types
-
-
-def _merge_scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
-    """Scores of tokens: SentencePiece merges the pair with the best score first, so the score is minus the rank."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(values["model"]["merges"]):
-        ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), rank)
-    return [-float(ranks.get(token, len(ranks))) for token in tokens]
-
-
-def _adds_space_prefix(values: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer puts a space before a text."""
-    steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
-    return '"Prepend"' in steps or '"prepend_scheme": "first"' in steps or '"prepend_scheme": "always"' in steps

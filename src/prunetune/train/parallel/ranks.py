@@ -4,8 +4,6 @@ A batch is a function of seed and step, so every rank knows all of it and takes 
 counts of the whole batch and gradients are summed over ranks: the arithmetic of one process, but for the order of sums.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -129,14 +127,6 @@ def init_distributed(device: torch.device) -> Ranks:
     if world_size == 1:
         return SINGLE_PROCESS
     uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    _check_launch(device, world_size, uses_fsdp)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device.type == "cpu", timeout=PROCESS_GROUP_TIMEOUT)
-    return Ranks(rank, world_size, CPU if device.type == "cpu" else state.device, uses_fsdp)
-
-
-def _check_launch(device: torch.device, world_size: int, uses_fsdp: bool) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device.index is not None:
         raise ConfigError(
@@ -156,6 +146,10 @@ def _check_launch(device: torch.device, world_size: int, uses_fsdp: bool) -> Non
         raise ConfigError("of FSDP only version 2 is supported: launch with --use_fsdp --fsdp_version 2")
     if uses_fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise ConfigError("offloading FSDP's weights is not supported: launch with --fsdp_offload_params false")
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu", timeout=PROCESS_GROUP_TIMEOUT)
+    return Ranks(rank, world_size, CPU if device.type == "cpu" else state.device, uses_fsdp)
 
 
 def fingerprint(tensors: Iterable[Tensor], device: torch.device = CPU) -> Tensor:

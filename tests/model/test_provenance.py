@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunetune.model.identity import ModelIdentity
+from prunetune.model.provenance import ModelIdentity
 
 FILES = ("model-1.safetensors", "config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "modeling_own.py")
 

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
 from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_share, prunable_params
+from prunetune.search.searcher import keep_ratio_loss
 from support.models import tiny
 
 

@@ -8,18 +8,19 @@ from functools import cache
 import pytest
 import torch
 
-from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site
-from prunetune.search.decision_generator import (
+from prunetune.pruning.units import Site, kept_share, prunable_params
+from prunetune.search.searcher import (
     EMBEDDING,
     FEED_FORWARD,
     HEADS,
     DecisionGenerator,
     EncoderLayer,
+    gumbel_sigmoid,
+    keep_ratio_loss,
     orthogonal_vectors,
+    round_straight_through,
 )
-from prunetune.search.searcher import gumbel_sigmoid, round_straight_through
 from support.models import tiny
 
 
