@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
 
 from prunetune.errors import ConfigError, ModelError
+from prunetune.model.loading import demo_file
+from prunetune.pruning import vocabulary as vocabulary_module
 from prunetune.pruning.vocabulary import (
+    BYTE_PIECES,
     KeptVocabulary,
     choose_tokens,
     prune_config,
@@ -74,9 +78,11 @@ def test_special_tokens_and_template_are_kept_under_their_new_ids(kind: str) -> 
     original, pruned, kept = reduced(kind, "640", named=(700, 701))
     for token in SPECIAL:
         assert pruned.token_to_id(token) == kept.new_ids[original.token_to_id(token)]
+    added = [pruned.token_to_id(token) for token in SPECIAL]
     chat = "<|im_start|>user\nthe fox<|im_end|></s>"
     assert pruned.encode(chat).tokens[:2] == ["<s>", "<|im_start|>"]
-    assert pruned.encode("the", "fox").ids[0] == pruned.token_to_id("<s>")
+    assert [token for token in pruned.encode("the", "fox").tokens if token in SPECIAL] == ["<s>", "</s>"]
+    assert [token for token in pruned.encode("the", "fox").ids if token in added] == [added[1], added[2]]
     assert {700, 701} <= kept.new_ids.keys()
 
 
@@ -95,6 +101,35 @@ def test_size_too_small_for_what_has_to_stay_is_refused(kind: str) -> None:
         reduced(kind, "5")
 
 
+def test_bpe_token_is_kept_with_what_the_tokenizer_makes_on_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rank: b and c are merged first, so abc needs bc, and not ab."""
+    monkeypatch.setattr(vocabulary_module, "ROWS_MULTIPLE", 1)
+    vocab = {text: token for token, text in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+    merges = [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]
+    values = json.loads(Tokenizer(models.BPE(vocab=vocab, merges=merges)).to_str())
+    kept = choose_tokens(values, "5", counts={vocab["abc"]: 1}, named_ids=(), rows=6, params=1)
+    assert [token for token in vocab if vocab[token] in kept.new_ids] == ["a", "b", "c", "bc", "abc"]
+    pruned = prune_tokenizer(values, kept)["model"]
+    assert (pruned["vocab"], pruned["merges"]) == (
+        {"a": 0, "b": 1, "c": 2, "bc": 3, "abc": 4}, [["b", "c"], ["a", "bc"]]
+    )  # fmt: skip
+
+
+def test_unigram_text_of_kept_pieces_does_not_become_unknown_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown letter costs 10 more than the least likely piece: without x, <unk> and bcd would beat ab and cd."""
+    monkeypatch.setattr(vocabulary_module, "ROWS_MULTIPLE", 1)
+    pieces = [("x", -40.0), ("a", -39.0), ("ab", -15.0), ("cd", -15.0), ("bcd", -1.0)]
+    pieces += [*((piece, 0.0) for piece in BYTE_PIECES), ("<unk>", 0.0)]
+    original = Tokenizer(models.Unigram(pieces, unk_id=len(pieces) - 1, byte_fallback=True))
+    counts, rows = {2: 9, 3: 9, 4: 9}, len(pieces)
+    values = json.loads(original.to_str())
+    kept = choose_tokens(values, str(rows - 1), counts=counts, named_ids=(), rows=rows, params=1)
+    pruned = Tokenizer.from_str(json.dumps(prune_tokenizer(values, kept)))
+    assert pruned.token_to_id("a") is None
+    assert pruned.encode("abcd").tokens == original.encode("abcd").tokens == ["ab", "cd"]
+    assert pruned.encode("aé").tokens == ["<0x61>", "<0xC3>", "<0xA9>"]
+
+
 @pytest.mark.parametrize("kind", ["WordPiece", "WordLevel"])
 def test_tokenizer_whose_words_would_be_unknown_is_refused(kind: str) -> None:
     values = {"model": {"type": kind, "vocab": {"a": 0}}}
@@ -110,6 +145,24 @@ def test_token_that_only_the_tokenizer_has_keeps_its_place_after_the_rows() -> N
     kept = choose_tokens(values, "400", counts={}, named_ids=(), rows=rows, params=1)
     assert (kept.rows, len(kept.kept), kept.new_ids[rows]) == (448, 449, 448)
     assert Tokenizer.from_str(json.dumps(prune_tokenizer(values, kept))).token_to_id("<image>") == 448
+
+
+def test_smollm2_keeps_its_tokens_on_texts_of_kept_tokens() -> None:
+    """The real tokenizer, with 49,152 tokens."""
+    file = demo_file()
+    original = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer
+    ids = [token for text in corpus(2, 40, scripts=DOMAIN) for token in original.encode(text).ids]
+    values = json.loads(original.to_str())
+    kept = choose_tokens(values, "auto", counts=Counter(ids), named_ids=(0, 1, 2), rows=49152, params=1)
+    assert 12288 < kept.rows < 13000
+    pruned = Tokenizer.from_str(json.dumps(prune_tokenizer(values, kept)))
+    texts = corpus(3, 1000) + corpus(4, 1000, scripts=DOMAIN)
+    rewritten = [text for text in texts if not set(original.encode(text).ids) <= kept.new_ids.keys()]
+    assert len(rewritten) < 1500
+    for text in texts:
+        assert pruned.decode(pruned.encode(text).ids) == original.decode(original.encode(text).ids) == text
+        if text not in rewritten:
+            assert pruned.encode(text).ids == [kept.new_ids[token] for token in original.encode(text).ids]
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def backend(kind: str, size: int = 900) -> str:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        alphabet, first = sorted(pre_tokenizers.ByteLevel.alphabet()), SPECIAL if kind == "byte-level" else ()
         trainer: Any = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+            vocab_size=size, special_tokens=list(first), initial_alphabet=alphabet, show_progress=False
         )
     elif kind == "byte-fallback":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -78,15 +78,15 @@ def backend(kind: str, size: int = 900) -> str:
     if kind == "byte-fallback":  # the bytes are plain pieces, as in Llama's tokenizer
         values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] in SPECIAL]
     if kind == "unigram-bytes":
-        values["model"]["vocab"] += [[piece, -20.0] for piece in BYTE_PIECES]
+        values["model"]["vocab"] += [[piece, 0.0] for piece in BYTE_PIECES]
         values["model"]["byte_fallback"] = True
     if kind == "ignore-merges":  # and one token that no merge makes
         values["model"]["ignore_merges"] = True
         values["model"]["vocab"]["Ġwhole"] = len(values["model"]["vocab"])
     tokenizer = Tokenizer.from_str(json.dumps(values))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A </s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    tokenizer.add_special_tokens(list(SPECIAL))  # with ignore-merges they come last, as in Llama 3
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A </s> $B", special_tokens=ids)
     return str(tokenizer.to_str())
 
 
