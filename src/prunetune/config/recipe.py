@@ -100,9 +100,9 @@ class BudgetConfig:
     )
     vocab: str = option(
         "off",
-        "How much of the vocabulary to keep; embedding and head lose the other rows, which are most of a small "
-        "model with a large vocabulary. auto: all tokens that the data uses, and the quarter that the tokenizer learnt "
-        "first; 32000: so many; 0.25: such a share; off: all. Any text can still be encoded.",
+        "Prune the vocabulary: embedding and head, most of a small model, lose the rows of tokens that are not kept. "
+        "auto keeps all tokens that the data uses, and the quarter that the tokenizer learnt first; 32000 keeps so many, "
+        "0.25 such a share, off all. Any text can still be encoded.",
         parse=parse_vocab_size,
         accepts_number=True,
     )
