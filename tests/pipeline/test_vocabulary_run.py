@@ -32,7 +32,7 @@ from support.vocabularies import corpus, fast
 RECIPE: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
-    "budget": {"keep": 0.7, "align": 8, "vocab": "auto"},
+    "budget": {"keep": 0.7, "align": 8, "vocab": 0.6},
     "train": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
     "search": {"init_batches": 1},
     "evaluate": {"drift": False, "limit": 4, "generate_limit": 1, "max_new_tokens": 4},

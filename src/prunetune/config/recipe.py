@@ -101,8 +101,8 @@ class BudgetConfig:
     vocab: str = option(
         "off",
         "Prune the vocabulary: embedding and head, most of a small model, lose the rows of tokens that are not kept. "
-        "auto keeps all tokens that the data uses, and the quarter that the tokenizer learnt first; 32000 keeps that "
-        "many; 0.25 such a share; off all. Any text can still be encoded.",
+        "auto keeps all that the data uses, and the quarter that the tokenizer learnt first, or 32,768 if those are "
+        "more; 40000 keeps that many; 0.25 such a share; off all. Any text can still be encoded.",
         parse=parse_vocab_size,
         accepts_number=True,
     )

@@ -265,10 +265,8 @@ def _kept_vocabulary(
     """The tokens that `budget.vocab` keeps: chosen by train, search and texts, or as a resumed run has written."""
     if (written := reduced_model_of(folder.path)) is not None:
         return read_vocabulary(written)
-    encoded = _encode_splits(splits, tokenizer, meta_model, config)
-    examples = [
-        example for name in ("train", "search", "texts") if name in encoded for example in encoded[name].examples
-    ]
+    records = [record for name in ("train", "search", "texts") for record in splits.by_name().get(name, ())]
+    examples = encode(records, tokenizer, config.data, context_length(meta_model)).examples
     counts = Counter(token for example in examples for token in example.token_ids)
     vocabulary = choose_vocabulary(config.model, meta_model, tokenizer, config.budget.vocab, counts)
     log.info(

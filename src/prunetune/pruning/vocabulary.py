@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from prunetune.errors import ConfigError, ModelError
 
 ROWS_MULTIPLE = 64  # of embedding rows: matrices of such a width are multiplied fast
-GENERAL_SHARE = 0.25  # of merges, or of Unigram pieces, that `auto` keeps beside what the data uses
+# What `auto` keeps beside what the data uses: a share of the merges or Unigram pieces, and at least so many of them.
+GENERAL_SHARE, GENERAL_TOKENS = 0.25, 2**15
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Keys under which configurations and tokenizers name token ids, alone or in lists; the last four are a tokenizer's.
 ID_KEYS = re.compile(r".*token_ids?|.*token_index|(begin_)?suppress_tokens|(bad|force)_words_ids|ids|pad_id|sep|cls")
@@ -71,8 +72,8 @@ def choose_tokens(
     First come those that have to stay: added and special tokens, `named_ids` (of configurations), and the bytes or
     letters that any text can be written in. Then those that the data uses, by `counts`, the most frequent first; then
     those of the lowest merge rank, or the highest Unigram score, because a tokenizer's own order is that of frequency
-    in what it was trained on. `size` is `auto` (all that the data uses, and the first quarter of that order), a number
-    of rows, or a share of them. It is rounded up to a multiple of 64.
+    in what it was trained on. `size` is `auto` (all that the data uses, and the first quarter of that order, at least
+    32,768 tokens), a number of rows, or a share of them. It is rounded up to a multiple of 64.
 
     Raises `ModelError` for a tokenizer that cannot be pruned, and `ConfigError` for a size that is too small.
     """
@@ -83,7 +84,8 @@ def choose_tokens(
     available = sum(token < rows for token in pieces.ids | required)
     used = sorted(counts, key=lambda token: (-counts[token], token))
     if size == "auto":
-        required |= {*used, *pieces.by_frequency[: math.ceil(GENERAL_SHARE * len(pieces.by_frequency))]}
+        general = max(GENERAL_TOKENS, math.ceil(GENERAL_SHARE * len(pieces.by_frequency)))
+        required |= {*used, *pieces.by_frequency[:general]}
     kept = {token for token in pieces.with_parts(required) if token < rows}
     wanted = len(kept) if size == "auto" else math.ceil(float(size) * (rows if float(size) <= 1 else 1))
     target = min(available, ROWS_MULTIPLE * math.ceil(wanted / ROWS_MULTIPLE))
