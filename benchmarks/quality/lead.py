@@ -1,10 +1,11 @@
 """Bars M1 to M5 from files of results: what progressive removal leads by, what is left to dense, what is forgotten.
 
     python benchmarks/quality/lead.py legal=OUT/legal.json healthcare=OUT/healthcare.json --command COMMAND \
-        [--case "uniform"] [--keeps 0.4] [--final] [--out benchmarks/results.jsonl]
+        [--case "uniform"] [--variant uniform] [--keeps 0.4] [--final] [--out benchmarks/results.jsonl]
 
 Every two-stage method in a file had the same help. The best of them is the one of lowest nll at that budget over the
-seeds that all have. Differences are paired; their error is the larger of that over items and that over seeds.
+seeds that all have. Differences are paired; their error is the larger of that over items and that over seeds. With
+`--variant uniform` only `progressive-uniform`, `obs-uniform` and dense models count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,17 @@ def forgetting_bars(domain: str, where: str, name: str, best: SeedGroup, ours: S
     yield row("M4", f"{where}: {metric} of {name}'s", mean(ours, metric) / mean(best, metric), "<=", 0.92, "ratio")
 
 
+def of_variant(results: Results, variant: str) -> Results:
+    """The cells of methods named METHOD-variant, as METHOD, and of dense models; without a variant all."""
+    ending = f"-{variant}" if variant else ""
+    cells = [
+        cell | {"method": cell["method"].removesuffix(ending)}
+        for cell in results.cells
+        if cell["method"].endswith(ending) or cell["keep"] == 1
+    ]
+    return replace(results, cells=cells)
+
+
 def row(bar: str, case: str, value: float, sign: str, target: float, unit: str) -> dict[str, Any]:
     """One figure against its target."""
     met = value <= target if sign == "<=" else value >= target
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", metavar="DOMAIN=FILE")
     parser.add_argument("--command", required=True, help="that made the cells")
     parser.add_argument("--case", default="", help="begins each case: the layout, the model")
+    parser.add_argument("--variant", default="", help="ending of the methods' names")
     parser.add_argument("--keeps", nargs="+", type=float, default=[], help="budgets; default: all")
     parser.add_argument("--device", default="")
     parser.add_argument("--commit", default="")
@@ -144,7 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for entry in arguments.results:
         domain, _, file = entry.partition("=")
-        results = read_results([Path(file)])
+        results = of_variant(read_results([Path(file)]), arguments.variant)
         made = results.cells[0].get("made", {})
         origin = {
             "device": arguments.device or str(results.cells[0].get("device")),
