@@ -96,8 +96,8 @@ def choose_tokens(
         )
     for token in (*used, *pieces.by_frequency):
         if token < rows and token not in kept and len(kept) < target:
-            parts = pieces.with_parts([token]) | kept
-            kept = parts if len(parts) <= target else kept
+            parts = pieces.with_parts([token]) - kept
+            kept |= parts if len(kept) + len(parts) <= target else set()
     rowless = {token for token in added if token >= rows}  # only the tokenizer has them, and keeps them
     return KeptVocabulary((*sorted(kept), *sorted(rowless)), len(kept), rows, params)
 
