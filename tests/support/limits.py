@@ -73,9 +73,10 @@ class FakeMonitor:
     plans: dict[int, Plan] = field(default_factory=dict)
 
     def score(self, model: Any, *, is_judged: bool) -> dict[str, float]:
-        kept = 1 - self.score_function(model)
+        removed = self.score_function(model)
+        kept = 1 - removed
         quality = {QUALITY: kept, f"{STAGE_SCORE}accuracy": kept, f"{STAGE_SCORE}nll": 2 - kept} if is_judged else {}
-        return {"guard.nll": self.score_function(model)} | quality
+        return {"guard.nll": removed} | quality
 
     def record_decision(self, record: dict[str, Any], plan: Plan) -> None:
         self.plans[record["step"]] = plan
