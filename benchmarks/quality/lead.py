@@ -50,8 +50,8 @@ def mean(group: SeedGroup, metric: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def best_two_stage(results: Results, keep: float, ours: SeedGroup) -> tuple[str, SeedGroup, int] | None:
-    """The two-stage method of lowest nll, its cells, and how many it is the best of: those with most of our seeds."""
+def best_two_stage(results: Results, keep: float, ours: SeedGroup) -> tuple[str, SeedGroup, str] | None:
+    """The two-stage method of lowest nll, its cells, and what it is the best of: those that have most of our seeds."""
     is_two_stage = {cell["method"]: "two-stage" in cell["changes"] for cell in results.cells}
     groups = {name: results.group(name, keep) for name, is_one in is_two_stage.items() if is_one}
     scored = {name: group for name, group in groups.items() if group is not None}
@@ -61,7 +61,16 @@ def best_two_stage(results: Results, keep: float, ours: SeedGroup) -> tuple[str,
         return None
     rivals = {name: scored[name].select_seeds(seeds) for name, seeds in shared.items() if len(seeds) == most}
     name = min(rivals, key=lambda name: mean(rivals[name], "nll"))
-    return name, rivals[name], len(rivals)
+    fewer = [
+        f"{name} {mean(group, 'nll'):.3f} with {len(group.seeds)}"
+        for name, group in scored.items()
+        if 0 < len(shared[name]) < most
+    ]
+    return (
+        name,
+        rivals[name],
+        f"the best of {len(rivals)} two-stage methods" + (f" with as many seeds ({', '.join(fewer)})" if fewer else ""),
+    )
 
 
 def bars(domain: str, results: Results, keeps: Sequence[float] = ()) -> Iterator[dict[str, Any]]:
@@ -73,14 +82,14 @@ def bars(domain: str, results: Results, keeps: Sequence[float] = ()) -> Iterator
         assert ours is not None
         where = f"{domain}, {100 * (1 - keep):.0f}% removed, {len(ours.seeds)} seeds"
         if found := best_two_stage(results, keep, ours):
-            name, best, count = found
+            name, best, field = found
             ours = ours.select_seeds(best.seeds)
             where = f"{domain}, {100 * (1 - keep):.0f}% removed, {len(ours.seeds)} seeds"
             lead, error = difference(best, ours, "nll")
             target = LEADS[domain].get(keep)
             yield {
                 "bar": "M1",
-                "case": f"{where}: nll below {name}, the best of {count} two-stage methods ({mean(best, 'nll'):.3f} to "
+                "case": f"{where}: nll below {name}, {field} ({mean(best, 'nll'):.3f} to "
                 f"{mean(ours, 'nll'):.3f}; se {error:.3f})",
                 "value": round(lead, 4),
                 "target": f">= {target}" if target else "",

@@ -10,8 +10,8 @@ written answers where the block says `generate`:
     - {methods: [obs], keeps: [0.6, 0.4], rates: [1e-3, 2e-3], seeds: [0, 1, 2], domains: [legal], generate: true}
 
 Each process works on one domain with `--jobs` cells at once, then helps with the next one. Several processes on a GPU
-need NVIDIA's MPS (start `nvidia-cuda-mps-control -d` before): with 4 of 4 jobs, an H200 does three times as many cells
-as with one of 8. The tuned dense model of a seed (at `--teacher-rate`) is the teacher of all its cells: the process
+need NVIDIA's MPS (start `nvidia-cuda-mps-control -d` before). Four of 4 jobs fill an H200; a fifth ran out of its
+memory. The tuned dense model of a seed (at `--teacher-rate`) is the teacher of all its cells: the process
 that needs it first makes it, the others load it. At the end of the time all are interrupted; the same command goes on
 with what is not done. On valid the recipes are `benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
 
