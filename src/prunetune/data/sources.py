@@ -219,7 +219,14 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
     files = tuple(match for match in matches if match.is_file())
     if not files and not (HUB_NAME.fullmatch(path) and not _has_reader(path)):
         reason = "no file matches this glob" if glob.has_magic(path) else "no such file"
-        raise DataError(f"{file}: {reason}; correct data.* or data.root, or name a hub data set as owner/name")
+        advice = "correct data.* or data.root, or name a hub data set as owner/name"
+        if not config.root and Path(path).parts[-3:-2] in (("legal",), ("healthcare",), ("general",)):
+            reason += ", and data.root is not given"
+            advice = (
+                "in a clone, --data.root examples/data takes a made-up sample, and "
+                "`python benchmarks/data/build.py --out DATA` fetches the public sets for --data.root DATA"
+            )
+        raise DataError(f"{file}: {reason}; {advice}")
     for match in files:
         if not _has_reader(match.name):
             known = f"known are {', '.join(READERS)}, those of text also with {', '.join(COMPRESSED)} behind"
