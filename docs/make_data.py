@@ -114,6 +114,19 @@ rows there are and shows the first three, with [`report.samples: off`](security.
 `data.bad_rows: drop` leaves them out and says the same in a warning.
 Rows that the model's chat template refuses are counted in the same way. Correct or remove them: `drop` does not see
 them. A name, a system message or reasoning that the template leaves out is named in a warning.
+
+## The legal and healthcare sets
+
+[recipes/legal.yaml](../recipes/legal.yaml) and [recipes/healthcare.yaml](../recipes/healthcare.yaml) name their files
+from `data.root`. A clone holds a made-up sample in the same folders and columns, which needs no network:
+
+```bash
+prunetune run recipes/legal.yaml --data.root examples/data --train.steps 20 --out runs/sample
+```
+
+Scores on it say nothing about a model. Our figures are from public sets: opinions, bills, contracts, medical questions
+and abstracts. `python benchmarks/data/build.py --out DATA` fetches them from their owners and picks the rows that we
+used. Then `--data.root DATA` takes them. [benchmarks/data](../benchmarks/data/README.md) has their licences and owners.
 """
 
 
