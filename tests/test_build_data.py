@@ -7,8 +7,11 @@ import importlib.util
 import json
 import random
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -279,6 +282,42 @@ def test_source_that_cannot_be_reached_names_address_and_place(
     for words in ("http://127.0.0.1:9/data/rows.parquet: not fetched", str(tmp_path / ".sources/127.0.0.1:9/data")):
         assert words in error
     assert not list(tmp_path.rglob("*.parti*"))
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_fetched_sources_give_the_same_files_and_are_kept(
+    sources: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (address,) = build.addresses(SOURCES["general/qasc"]["files"])
+    folder = build.place(sources, address).parent
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{Path(address).name}"
+        monkeypatch.setattr(build.yaml, "safe_load", lambda _: {"general/qasc": {"files": [url]}})
+        command = ["--out", str(tmp_path), "--lists", str(sets / "rows")]
+        assert build.main(command) == 0
+        server.shutdown()
+    for split in build.SPLITS:
+        file = Path("general/qasc") / f"{split}.jsonl"
+        assert (tmp_path / file).read_bytes() == (sets / file).read_bytes()
+    (tmp_path / file).unlink()
+    assert build.main(command) == 0  # from what was fetched: the server is gone
+
+
+def test_folders_that_cannot_be_used_are_refused_in_a_line(
+    sources: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out, lists, words in ((tmp_path / "file", sets / "rows", "--out"), (tmp_path, tmp_path, "--lists")):
+        flags = ("--from", str(sources), "--sets", "general/qasc")
+        assert build.main(["--out", str(out), "--lists", str(lists), *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert words in error
 
 
 def test_shipped_lists_hold_no_text_of_the_sources() -> None:

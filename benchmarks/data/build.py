@@ -22,6 +22,7 @@ import tarfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -329,12 +330,11 @@ def wikitext(files: Sequence[Path]) -> Iterator[Row]:
         yield {"text": "\n".join(packed)}
 
 
-def lettered(files: Sequence[Path]) -> Iterator[Row]:
+def lettered(files: Sequence[Path], name: str) -> Iterator[Row]:
     """ARC and QASC: choices as lists of labels and texts."""
     for row in itertools.chain.from_iterable(map(table, files)):
         choices = list(map(str.strip, row["choices"]["text"]))
         answer = choices[row["choices"]["label"].index(row["answerKey"])]
-        name = "qasc" if "qasc" in files[0].parts else "arc"
         yield {"input": row["question"].strip(), "completion": answer, "choices": choices, "id": f"{name}-{row['id']}"}
 
 
@@ -354,8 +354,8 @@ MAKERS: dict[str, Callable[[Sequence[Path]], Iterator[Row]]] = {
     "legal/mmlu_law": mmlu,
     "legal/text": us_code,
     "general/text": wikitext,
-    "general/arc_easy": lettered,
-    "general/qasc": lettered,
+    "general/arc_easy": partial(lettered, name="arc"),
+    "general/qasc": partial(lettered, name="qasc"),
 }
 
 
@@ -414,6 +414,8 @@ def write_list(name: str, folder: Path, lists: Path, *, ids: bool) -> None:
 
 def read_list(name: str, lists: Path) -> dict[str, tuple[str, list[list[str]]]]:
     """By split: the checksum of its file, and the parts of each row's entry."""
+    if not (lists / f"{name}.txt").is_file():
+        raise DataError(f"{lists / name}.txt: no such file; leave --lists out, or write it with --write-lists")
     splits: dict[str, tuple[str, list[list[str]]]] = {}
     for line in read_text(lists / f"{name}.txt").splitlines():
         if line.startswith("# "):
@@ -457,13 +459,13 @@ def fetch(address: str, folder: Path, *, offline: bool) -> Path:
     import httpx2
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + PARTIAL)
+    unfinished = file.with_name(file.name + PARTIAL)
     try:
-        with httpx2.stream("GET", address, follow_redirects=True, timeout=60) as reply, partial.open("wb") as opened:
+        with httpx2.stream("GET", address, follow_redirects=True, timeout=60) as reply, unfinished.open("wb") as opened:
             reply.raise_for_status()
             for chunk in reply.iter_bytes():
                 opened.write(chunk)
-        partial.replace(file)
+        unfinished.replace(file)
     except (httpx2.HTTPError, OSError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(
@@ -471,7 +473,7 @@ def fetch(address: str, folder: Path, *, offline: bool) -> Path:
             f"put it at {file} and run it again"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return file
 
 
@@ -549,9 +551,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for address in addresses(sources[name]["files"])
                 ]
                 counts = build(name, files, options.lists, options.out)
-        except PrunetuneError as error:
+        except (PrunetuneError, OSError) as error:
             failed = True
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            advice = "; correct --out, and run the command again" if isinstance(error, OSError) else ""
+            print(f"{name}: {error}{advice}", file=sys.stderr, flush=True)
             continue
         for file, rows, found, same in counts:
             print(f"{file:<36}{rows:>8}{found:>8}{found / max(rows, 1):>8.1%}{same:>8}", flush=True)
