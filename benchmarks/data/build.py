@@ -197,15 +197,15 @@ def medabs(files: Sequence[Path]) -> Iterator[Row]:
 
 def medquad(files: Sequence[Path]) -> Iterator[Row]:
     for name, document in xml_files(files[0]):
-        folder = PurePosixPath(name).parent.name.split("_")[0]
+        path = PurePosixPath(name)
+        folder = path.parent.name.split("_")[0]
         for pair in document.iter("QAPair"):
-            question, answer = pair.find("Question"), squash(pair.findtext("Answer") or "")
+            question, answer = squash(pair.findtext("Question") or ""), squash(pair.findtext("Answer") or "")
             answer = re.sub(r"^Summary ?: ?", "", answer)
             answer = re.sub(r"\s*\[\d+(?:\s*[-,–]\s*\d+)*\]", "", answer)  # numbers of references
             answer = re.sub(r"^[^.?!]{5,200}\?\s+", "", answer)  # the question once more
-            if question is not None and answer:
-                id = f"medquad-{folder}-{question.get('qid')}"
-                yield {"input": squash(question.text), "completion": answer, "id": id}
+            if question and answer:
+                yield {"input": question, "completion": answer, "id": f"medquad-{folder}-{path.stem}-{pair.get('pid')}"}
 
 
 def medquad_text(files: Sequence[Path]) -> Iterator[Row]:
@@ -320,8 +320,9 @@ def wikitext(files: Sequence[Path]) -> Iterator[Row]:
         elif line and not line.startswith("= "):
             line = re.sub(r" @([-,.])@ ", r"\1", line)
             line = re.sub(r" ([,.;:?!%)\]}]|'s\b|'t\b|'re\b|'ve\b|'d\b|'ll\b|'m\b|n't\b)", r"\1", line)
-            line = re.sub(r"([(\[{$]) ", r"\1", re.sub(r" '(?= )", "'", line))
-            line = squash(re.sub(r" – ", "–", re.sub(r'" ([^"]*?) "', r'"\1"', line)))
+            line = re.sub(r"([(\[{$]) ", r"\1", re.sub(r" '(?= (?!\"))|(?<=s) '(?= )", "'", line))
+            line = squash(re.sub(r'" ([^"]*?) "', r'"\1"', line))
+            line = line.replace(" – ", "–") if re.search(r"\d – \d", line) else line
             if packed and len("\n".join([*packed, line])) > 2500:
                 yield {"text": "\n".join(packed)}
                 packed = []
