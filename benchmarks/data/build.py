@@ -20,7 +20,6 @@ import re
 import sys
 import tarfile
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -216,9 +215,9 @@ def mmlu(files: Sequence[Path]) -> Iterator[Row]:
     for file in files:
         split = "val" if file.name.startswith("validation") else "test"
         for index, row in enumerate(table(file)):
-            choices = [squash(choice) for choice in row["choices"]]
+            choices = [choice.strip() for choice in row["choices"]]
             yield {
-                "input": squash(row["question"]),
+                "input": row["question"].strip(),
                 "completion": choices[int(row["answer"])],
                 "choices": choices,
                 "id": f"mmlu-{file.parent.name}-{split}-{index:04}",
@@ -483,10 +482,13 @@ def build(name: str, files: Sequence[Path], lists: Path, out: Path) -> list[tupl
 
     Rows stand in the order of the list. Raises `DataError` where a source cannot be read.
     """
-    candidates: dict[bytes, list[Row]] = defaultdict(list)
+    splits = read_list(name, lists)
+    candidates: dict[bytes, list[Row]] = {
+        base64.b64decode(entry[0])[:8]: [] for _, entries in splits.values() for entry in entries
+    }
     try:
         for row in MAKERS[name](files):
-            candidates[key(name, row)].append(row)
+            candidates.get(key(name, row), []).append(row)
     except PrunetuneError:
         raise
     except (
@@ -496,12 +498,12 @@ def build(name: str, files: Sequence[Path], lists: Path, out: Path) -> list[tupl
         where = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
         raise DataError(f"{where}: not as expected ({reason}); delete it and run the command again") from error
     counts = []
-    for split, (_, entries) in read_list(name, lists).items():
+    for split, (_, entries) in splits.items():
         lines, same = [], 0
         for hashes, *extra in entries:
             digest, wanted = base64.b64decode(hashes)[:8], base64.b64decode(hashes)[8:]
             found = []
-            for row in candidates.get(digest, []):
+            for row in candidates[digest]:
                 if name == "legal/cuad_clause":
                     row = row | {"choices": [TYPES[int(number)] for number in extra[1].split(",")]}
                 found.append(line_of(name, row | ({"id": extra[0]} if extra else {})))
