@@ -491,9 +491,7 @@ def build(name: str, files: Sequence[Path], lists: Path, out: Path) -> list[tupl
             candidates.get(key(name, row), []).append(row)
     except PrunetuneError:
         raise
-    except (
-        Exception
-    ) as error:  # of zip, tar, XML or a column that is not there: all mean that the source is not as known
+    except Exception as error:  # of zip, tar or XML, or a column that is not there: the source is not as it was
         reason = f"no column {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         where = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
         raise DataError(f"{where}: not as expected ({reason}); delete it and run the command again") from error
