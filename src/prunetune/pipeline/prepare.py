@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from prunetune.config.recipe import RunConfig
+from prunetune.config.score_limits import STAGE_SCORE, ScoreLimit
 from prunetune.cost.training_memory import (
     TrainingMemory,
     TrainingPhase,
@@ -207,6 +208,14 @@ def prepare(
             f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
             f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
+    limits = [ScoreLimit.of_stages(entry).metric.removeprefix(STAGE_SCORE) for entry in config.budget.quality_limits]
+    tasks = {record.task for record in splits.valid}
+    for name in (*limits, *config.budget.quality_of):  # which metric a task has is known once it has been scored
+        if name not in {*tasks, "nll", "accuracy"} and name.rpartition(".")[0] not in tasks:
+            raise ConfigError(
+                f"budget.quality: a limit of {name!r}, and valid has the tasks {', '.join(sorted(tasks)) or 'none'}: "
+                "name TASK.accuracy, TASK.nll, or nll, the mean"
+            )
     if config.budget.has_quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
         raise ConfigError(
             "budget.quality begins with the adapters of the tuned dense model: set lora.rank to at least "
