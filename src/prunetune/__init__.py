@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prunetune.evaluation.suites.suite import Suite
     from prunetune.export.formats import export_run
     from prunetune.pipeline.prepare import Console
+    from prunetune.pipeline.push import push_run
     from prunetune.pipeline.result import RunResult
     from prunetune.pruning.cut import cut
     from prunetune.pruning.masking import masked
@@ -39,6 +40,7 @@ __all__ = [
     "load_suite",
     "masked",
     "measure_models",
+    "push_run",
     "run",
     "write_report",
 ]
@@ -52,6 +54,7 @@ _LAZY_NAMES = {
     "find_sites": "prunetune.pruning.sites",
     "masked": "prunetune.pruning.masking",
     "measure_models": "prunetune.bench.measure_models",
+    "push_run": "prunetune.pipeline.push",
     "write_report": "prunetune.report",
 }
 

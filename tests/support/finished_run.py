@@ -32,7 +32,7 @@ def recipe_of(folder: Path, **changes: Any) -> dict[str, Any]:
         "out": str(folder / "run"),
         "device": "cpu",
         "dtype": "float32",
-        "data": {"train": [str(folder / "secret-rows.jsonl")]},
+        "data": {"train": [str(folder / "secret-rows.jsonl")], "test_share": 0.3},
         "budget": {"keep": 0.7, "align": 8},
         "train": {"steps": 2, "batch_size": 2},
         "search": {"init_batches": 1, "cuts": 1},

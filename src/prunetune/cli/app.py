@@ -319,6 +319,37 @@ def export(
     _print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
+@app.command
+def push(
+    run: UserPath,
+    repository: str,
+    /,
+    *,
+    public: Annotated[bool, Parameter(negative=(), help="Make the repository public; default: private.")] = False,
+    dry_run: Annotated[
+        UserPath | None, Parameter(help="Send nothing, and write what would go to DIR/OWNER/NAME of this folder.")
+    ] = None,
+    adapter: Annotated[
+        bool, Parameter(negative=(), help="Also send the dense tuned model, as a LoRA adapter in adapter/.")
+    ] = False,
+    language: Annotated[
+        tuple[str, ...], Parameter(negative=(), help="Languages for the card, such as en; default: those of the base.")
+    ] = (),
+) -> None:
+    """Put the model of a finished run on the Hugging Face hub, private, with a card of its scores.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    repository
+        OWNER/NAME on the hub; it is made if it is not there.
+    """
+    from prunetune.pipeline.push import push_run
+
+    _print(push_run(run, repository, public=public, dry_run=dry_run, adapter=adapter, languages=language))
+
+
 @app.command(name="eval")
 def evaluate(
     model: str,

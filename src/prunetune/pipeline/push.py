@@ -1,0 +1,303 @@
+"""Publish the model of a finished run on the Hugging Face hub, with its card and a picture of what was kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunetune.config.recipe import RunConfig
+from prunetune.data.sources import Source, hub_dataset
+from prunetune.errors import HIDDEN, ConfigError, ModelError
+from prunetune.evaluation.suites.open_model import resolve_checkpoint
+from prunetune.model.adapter_folder import CONFIG_FILE
+from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
+from prunetune.model.provenance import (
+    HISTORY_FILE,
+    card_metadata,
+    hub_model,
+    license_of_card,
+    public_model_name,
+)
+from prunetune.pipeline.finish import card_scores
+from prunetune.plan import Plan
+from prunetune.report import formatting
+from prunetune.report.figures import kept_units_png
+from prunetune.report.scores import LABELS
+from prunetune.runs.folder import RunFolder, open_run
+from prunetune.utils.files import atomic_folder, explain_write_errors, sha256
+from prunetune.utils.untrusted import markdown_code, markdown_text, parse_json, read_text, shorten
+
+log = logging.getLogger(__name__)
+CARD, PICTURE, ADAPTER = "README.md", "kept.png", "adapter"
+HUB_METRICS = {"rouge_l": "rouge", "macro_f1": "f1"}  # the hub's names, where they are others
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+MOST_TEXT = 2**20  # bytes of a file that is searched for paths; tokenizers and weights are larger
+
+
+@dataclass(frozen=True)
+class PushedModel:
+    """What was sent, or would be."""
+
+    repository: str
+    where: str  # the address of the commit, or the folder of a dry run
+    is_public: bool
+    sizes: Mapping[str, int]  # bytes of each file
+
+    def __str__(self) -> str:
+        lines = [f"{formatting.size(size):>10}  {name}" for name, size in sorted(self.sizes.items())]
+        return "\n".join([*lines, f"{self.repository} ({'public' if self.is_public else 'private'}): {self.where}"])
+
+
+def push_run(
+    run: Path,
+    repository: str,
+    *,
+    public: bool = False,
+    dry_run: Path | None = None,
+    adapter: bool = False,
+    languages: Sequence[str] = (),
+) -> PushedModel:
+    """Send a run's model to the hub as OWNER/NAME, in one commit; private, unless it is there already or `public`.
+
+    Sent are the files that SHA256SUMS of the run's model/ names, the card with the run's scores, and kept.png; with
+    `adapter`, the dense tuned model as a LoRA adapter in adapter/. `languages`: codes such as "en"; default: those of
+    the base model's card. With `dry_run`, nothing is sent, and the files are written to dry_run/OWNER/NAME.
+
+    Raises a `PrunetuneError`: before anything is sent for a file that names a path of this computer.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+        assert repository.count("/") == 1
+    except (HFValidationError, AssertionError):
+        raise ConfigError(
+            f"{shorten(repository)!r} is no name on the hub: write OWNER/NAME, such as me/support"
+        ) from None
+    if wrong := [code for code in languages if not LANGUAGE.fullmatch(code)]:
+        raise ConfigError(f"language {shorten(wrong[0])!r} is no code: write en, de or zh-Hant, or multilingual")
+    folder, config = open_run(run)
+    files = _model_files(folder)
+    if adapter:
+        files |= _adapter_files(folder)
+    if picture := kept_units_png(Plan.load(folder.plan_file)):
+        files[PICTURE] = picture
+    card = _card(folder, config, repository, files, languages)
+    digests = {
+        name: hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
+        for name, content in sorted(files.items())
+    }
+    files[CHECKSUM_FILE] = "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()
+    files[CARD] = card.encode()
+    _raise_if_private(folder, config, files)
+    sizes = {name: _size(content) for name, content in files.items()}
+    if dry_run is None:
+        url, is_public = _send(repository, files, card, public=public)
+        return PushedModel(repository, url, is_public, sizes)
+    target = dry_run / repository
+    if target.exists():
+        raise ConfigError(f"{target} exists already: remove it, or name another folder with --dry-run")
+    with explain_write_errors(target), atomic_folder(target) as partial:
+        for name, content in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                (partial / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, partial / name)
+    return PushedModel(repository, str(target), public, sizes)
+
+
+def _model_files(folder: RunFolder) -> dict[str, Path | bytes]:
+    """The model's files as they were written, so that no file that was put beside them goes along."""
+    model = Path(resolve_checkpoint(str(folder.path)))
+    if not verify_checksums(model):
+        raise ModelError(f"{model} has no {CHECKSUM_FILE}, which says what belongs to the model: put it back")
+    lines = read_text(model / CHECKSUM_FILE).splitlines()
+    files: dict[str, Path | bytes] = {name: model / name for _, name in (line.split("  ", 1) for line in lines)}
+    if HISTORY_FILE in files:
+        runs = parse_json(read_text(model / HISTORY_FILE))
+        files[HISTORY_FILE] = _json([run | {"model": public_model_name(str(run.get("model")))} for run in runs])
+    return files
+
+
+def _adapter_files(folder: RunFolder) -> dict[str, Path | bytes]:
+    place = folder.dense_tuned_adapter
+    if not place.is_dir():
+        raise ModelError(
+            f"{folder.path}: the run has no adapter of a dense tuned model (evaluate.dense_tuned, lora.quantize): "
+            "push without --adapter"
+        )
+    verify_checksums(place)
+    files: dict[str, Path | bytes] = {f"{ADAPTER}/{file.name}": file for file in place.glob("adapter_*")}
+    config = parse_json(read_text(place / CONFIG_FILE))
+    base = hub_model(str(config.get("base_model_name_or_path")))
+    files[f"{ADAPTER}/{CONFIG_FILE}"] = _json(config | {"base_model_name_or_path": base or None})
+    return files
+
+
+# -- the card: that of the model folder, which its owner may have edited, and what the hub shows -----------------------
+
+
+def _card(
+    folder: RunFolder, config: RunConfig, repository: str, files: Mapping[str, Path | bytes], languages: Sequence[str]
+) -> str:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    file = folder.model_folder / CARD
+    try:
+        written = ModelCard(read_text(file))
+    except (OSError, ValueError, yaml.YAMLError) as broken:
+        raise ModelError(f"{file} cannot be read as a model card ({shorten(str(broken))}): correct it") from broken
+    data = config.data
+    trained_on = dict.fromkeys(filter(None, map(hub_dataset, (*data.train, *data.search, *data.distill_texts))))
+    tested_on = list(dict.fromkeys(map(hub_dataset, data.test or data.train)))
+    stated = card_metadata(config.model).get("language") or []
+    of_base = [code for code in (stated if isinstance(stated, list) else [stated]) if LANGUAGE.fullmatch(str(code))]
+    own: dict[str, Any] = written.data.to_dict()  # type: ignore[no-untyped-call]
+    metadata = {
+        "language": list(languages) or own.get("language") or of_base,
+        "datasets": own.get("datasets") or list(trained_on),
+    }
+    metadata = {key: value for key, value in metadata.items() if value}
+    metadata |= {key: value for key, value in own.items() if key not in metadata}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=tested_on[0] if len(tested_on) == 1 and tested_on[0] else "private",
+            dataset_name=row.task,
+            dataset_config=row.task,  # by which the hub keeps tasks apart
+            dataset_split="test",
+            metric_type=HUB_METRICS.get(row.metric, row.metric),
+            metric_name=LABELS.get(row.metric, row.metric),
+            metric_value=row.scores["pruned"][0],
+        )
+        for row in card_scores(folder)
+        if math.isfinite(row.scores.get("pruned", (math.nan,))[0])
+    ]
+    name = repository.partition("/")[2]
+    if results and "model-index" not in metadata:
+        metadata |= ModelCardData(model_name=name, eval_results=results).to_dict()  # type: ignore[no-untyped-call]
+    text = re.sub(r"^# .+, tuned and pruned$", f"# {name}", written.text.strip(), count=1, flags=re.MULTILINE)
+    usage = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    if usage and '"PATH"' in usage[0]:
+        has_template = "chat_template.jinja" in files
+        code = usage[1].replace('"PATH"', f'"{repository}"') + (CHAT_USAGE if has_template else TEXT_USAGE)
+        picture = f"![Share of each kind of unit that is kept, by layer]({PICTURE})\n\n" if PICTURE in files else ""
+        text = f"{text[: usage.start()]}{picture}```python\n{code}```{text[usage.end() :]}"
+    if f"{ADAPTER}/{CONFIG_FILE}" in files:
+        base = hub_model(config.model)
+        text += f"\n\n## The dense model, tuned on the same rows\n\n{_adapter_usage(base, repository)}"
+    lines = []
+    for source in trained_on:
+        licence = license_of_card(card_metadata(source, "dataset"), "its card")
+        lines.append(f"- {markdown_code(source)}, licence {markdown_text(licence.id) if licence.id else 'not known'}")
+    if not all(map(hub_dataset, (*data.train, *data.distill_texts))):
+        lines.append("- rows that are not published")
+    text += "\n\n## Data\n\nTuned on:\n\n" + "\n".join(lines)
+    card = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{text}\n"
+    try:
+        ModelCard(card)  # which reads model-index into results again
+    except ValueError as wrong:
+        raise ModelError(f"{file}: the hub would not read its metadata ({shorten(str(wrong))}): correct it") from wrong
+    return card
+
+
+CHAT_USAGE = """
+messages = [{"role": "user", "content": "Hello"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+TEXT_USAGE = """
+inputs = tokenizer("Hello", return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+"""
+
+
+def _adapter_usage(base: str, repository: str) -> str:
+    if not base:
+        return f"`{ADAPTER}/` is a LoRA adapter in PEFT's format. The model that it belongs to is not on the hub."
+    return f"""`{ADAPTER}/` is a LoRA adapter in PEFT's format:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+dense = AutoModelForCausalLM.from_pretrained("{base}")
+tuned = PeftModel.from_pretrained(dense, "{repository}", subfolder="{ADAPTER}")
+```"""
+
+
+# -- what must not go, and what goes -----------------------------------------------------------------------------------
+
+
+def _raise_if_private(folder: RunFolder, config: RunConfig, files: Mapping[str, Path | bytes]) -> None:
+    """Raise `ModelError` for a path of this computer in a file of text, of which the user may have edited the card."""
+    data = config.data
+    sources = [*data.train, *data.search, *data.valid, *data.test, *data.distill_texts, *data.guard, *data.general]
+    paths = [Source.parse(source).path for source in sources if not hub_dataset(source)]
+    paths += [str(folder.path.resolve()), "" if hub_model(config.model) else config.model]
+    paths += [f"{home}/" if (home := str(Path.home())) != "/" else ""]
+    private = [path for path in paths if "/" in path]
+    for name, content in files.items():
+        if _size(content) > MOST_TEXT:
+            continue
+        text = content if isinstance(content, bytes) else content.read_bytes()
+        if shown := [path for path in private if path.encode() in text]:
+            raise ModelError(
+                f"{folder.model_folder / name} names {shorten(shown[0])}, which is on this computer: take it out "
+                f"({CARD} may be edited freely), and push again"
+            )
+
+
+def _send(repository: str, files: Mapping[str, Path | bytes], card: str, *, public: bool) -> tuple[str, bool]:
+    """Make the repository if it is not there, and commit the files: (address of the commit, is it public)."""
+    import httpx2
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+    from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+
+    api = HfApi()
+    try:
+        api.whoami()  # raises without a token, before anything is made
+        ModelCard(card).validate()  # by the hub itself
+        try:
+            is_public = not api.model_info(repository).private
+        except RepositoryNotFoundError:
+            api.create_repo(repository, private=not public)
+            is_public = public
+        if is_public and not public:
+            raise ConfigError(f"{repository} is public on the hub: push with --public, or name another")
+        log.info("sending %d files, %s", len(files), formatting.size(sum(map(_size, files.values()))))
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(repository, operations, commit_message="Tuned and pruned by prunetune")
+    except LocalTokenNotFoundError as missing:
+        raise ConfigError(f"the hub takes nothing without a token: {LOG_IN}") from missing
+    except (OSError, ValueError, httpx2.HTTPError) as failed:
+        status = getattr(getattr(failed, "response", None), "status_code", 0)
+        steps = {401: LOG_IN, 403: f"use a token that may write to {repository}", 404: "check the name of its owner"}
+        reason = shorten(str(failed).replace(get_token() or "\0", HIDDEN), 300)
+        raise ConfigError(
+            f"{repository}: not pushed ({reason}); {steps.get(status, 'check the network, and push again')}"
+        ) from failed
+    return str(commit.commit_url), is_public
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
