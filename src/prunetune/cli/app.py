@@ -320,6 +320,41 @@ def export(
 
 
 @app.command
+def chat(
+    model: str,
+    /,
+    *,
+    against: Annotated[
+        str, Parameter(help="A second model that answers, too; dense: the run's dense model, tuned if it has that one.")
+    ] = "",
+    system: Annotated[str, Parameter(help="A system message before the conversation.")] = "",
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 256,
+    template: Annotated[
+        Literal["auto", "chat", "raw"],
+        Parameter(
+            help="raw: continue the text as it is, as rows with prompts are tuned on; auto: chat if there is one."
+        ),
+    ] = "auto",
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Parameter(help="Arithmetic.")] = "auto",
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
+) -> None:
+    """Chat with a run's model in the terminal; a pipe gives one question a line. Answers are greedy.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, or a .gguf file.
+    """
+    from prunetune.cli.chat import ChatOptions
+    from prunetune.cli.chat import chat as start_chat
+
+    options = ChatOptions(system, max_new_tokens, template, device, dtype, trust_remote_code)
+    if failures := start_chat(model, against, options):
+        raise DataError(f"{failures} questions could not be asked: the lines above say why")
+
+
+@app.command
 def push(
     run: UserPath,
     repository: str,
@@ -499,9 +534,9 @@ def main() -> None:
     sys.exit(run_and_exit_on_failure(_run_app))
 
 
-def _raise_keyboard_interrupt(*_: object) -> None:
-    """Stop as for Ctrl-C, which is ignored in the background of a script."""
-    raise KeyboardInterrupt
+def _raise_keyboard_interrupt(number: int, _: object) -> None:
+    """Stop as for Ctrl-C, which is ignored in the background of a script, and which has no number."""
+    raise KeyboardInterrupt(number)
 
 
 def _run_app() -> int:
