@@ -355,6 +355,32 @@ def chat(
 
 
 @app.command
+def serve(
+    model: str,
+    /,
+    *,
+    server: Annotated[
+        Literal["auto", "transformers", "llama.cpp"], Parameter(help="auto: transformers; llama.cpp for .gguf files.")
+    ] = "auto",
+    host: Annotated[
+        str, Parameter(help="Address to listen on; the default can be reached from here only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 8000,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; for transformers.")] = "auto",
+) -> None:
+    """Serve a model as an OpenAI-compatible endpoint, by transformers' or llama.cpp's server, until Ctrl-C.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, or a .gguf file.
+    """
+    from prunetune.cli.serve import serve as start_server
+
+    start_server(model, server=server, host=host, port=port, device=device)
+
+
+@app.command
 def push(
     run: UserPath,
     repository: str,
