@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from prunetune import RunResult, push_run
 from prunetune.errors import ConfigError, ModelError, PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.model import provenance
-from prunetune.model.checksums import verify_checksums
+from prunetune.model.checksums import verify_checksums, write_checksums
 from prunetune.pipeline import push
 from support.finished_run import FOLDER, copied_run, finished_run
 
@@ -165,6 +166,18 @@ def test_card_that_the_user_edited_is_kept(tmp_path: Path) -> None:
     assert "# support" not in sent.text
 
 
+def rewritten(file: Path, text: str) -> None:
+    """Another content, with its checksum."""
+    file.write_text(text)
+    write_checksums(file.parent)
+
+
+def linked(file: Path) -> None:
+    """Put a link to the same content in place of a file."""
+    file.rename(file.with_name("moved"))
+    file.symlink_to(file.with_name("moved"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -172,6 +185,11 @@ def test_card_that_the_user_edited_is_kept(tmp_path: Path) -> None:
         (lambda run: (run / "model" / "README.md").write_text("---\n- a\n---\n"), "cannot be read as a model card"),
         (lambda run: (run / "model" / "README.md").write_text("---\na: [\n---\n"), "cannot be read as a model card"),
         (lambda run: (run / "model" / "README.md").unlink(), "cannot be read as a model card"),
+        (lambda run: (run / "plan.json").unlink(), r"plan\.json is missing"),
+        (lambda run: rewritten(run / "model" / "history.json", "[1]"), "put it back, or remove it"),
+        (lambda run: rewritten(run / "tuned" / "adapter" / "adapter_config.json", "[1]"), "push without --adapter"),
+        (lambda run: linked(run / "model" / "README.md"), "README.md is a link"),
+        (lambda run: linked(run / "tuned" / "adapter" / "adapter_config.json"), "adapter_config.json is a link"),
         (lambda run: (run / "model" / "SHA256SUMS").unlink(), "has no SHA256SUMS"),
         (lambda run: (run / "model" / "model.safetensors").write_bytes(b"x"), "is not what was written"),
         (lambda run: (run / "tuned").rename(run / "gone"), "push without --adapter"),
@@ -208,6 +226,11 @@ def test_folder_that_exists_and_a_wrong_language_are_refused(tmp_path: Path) -> 
 # -- the hub, which is not there ---------------------------------------------------------------------------------------
 
 
+def accepts(method: str, *arguments: Any, **named: Any) -> None:
+    """Raise where the real method does not take these."""
+    inspect.signature(getattr(huggingface_hub.hf_api.HfApi, method)).bind(None, *arguments, **named)
+
+
 class FakeHub:
     """Stands in for `HfApi`; remembers what it was told."""
 
@@ -218,18 +241,22 @@ class FakeHub:
         return self
 
     def whoami(self) -> None:
+        accepts("whoami")
         if self.error:
             raise self.error
 
     def model_info(self, name: str) -> Any:
+        accepts("model_info", name)
         if not self.visibility:
             raise RepositoryNotFoundError("404", response=response(404))
         return SimpleNamespace(private=self.visibility == "private")
 
     def create_repo(self, name: str, *, private: bool) -> None:
+        accepts("create_repo", name, private=private)
         self.calls.append(("create", name, private))
 
     def create_commit(self, name: str, operations: list[Any], *, commit_message: str) -> Any:
+        accepts("create_commit", name, operations, commit_message=commit_message)
         self.calls.append(("commit", name, {it.path_in_repo: it.path_or_fileobj for it in operations}))
         return SimpleNamespace(commit_url=f"https://hub/{name}/commit/1")
 

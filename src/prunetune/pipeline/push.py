@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.data.sources import Source, hub_dataset
 from prunetune.errors import HIDDEN, ConfigError, ModelError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
-from prunetune.model.adapter_folder import CONFIG_FILE
+from prunetune.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
 from prunetune.model.provenance import (
     HISTORY_FILE,
@@ -27,13 +27,15 @@ from prunetune.model.provenance import (
     hub_model,
     license_of_card,
     public_model_name,
+    read_history,
 )
 from prunetune.pipeline.finish import card_scores
-from prunetune.plan import Plan
+from prunetune.pipeline.result import RunResult
 from prunetune.report import formatting
 from prunetune.report.figures import kept_units_png
 from prunetune.report.scores import LABELS
 from prunetune.runs.folder import RunFolder, open_run
+from prunetune.utils.failures import reading_model_files
 from prunetune.utils.files import atomic_folder, explain_write_errors, sha256
 from prunetune.utils.untrusted import markdown_code, markdown_text, parse_json, read_text, shorten
 
@@ -92,7 +94,7 @@ def push_run(
     files = _model_files(folder)
     if adapter:
         files |= _adapter_files(folder)
-    if picture := kept_units_png(Plan.load(folder.plan_file)):
+    if picture := kept_units_png(RunResult(run).plan):
         files[PICTURE] = picture
     card = _card(folder, config, repository, files, languages)
     digests = {
@@ -127,8 +129,8 @@ def _model_files(folder: RunFolder) -> dict[str, Path | bytes]:
     lines = read_text(model / CHECKSUM_FILE).splitlines()
     files: dict[str, Path | bytes] = {name: model / name for _, name in (line.split("  ", 1) for line in lines)}
     if HISTORY_FILE in files:
-        runs = parse_json(read_text(model / HISTORY_FILE))
-        files[HISTORY_FILE] = _json([run | {"model": public_model_name(str(run.get("model")))} for run in runs])
+        runs = [asdict(run) | {"model": public_model_name(run.model)} for run in read_history(str(model))]
+        files[HISTORY_FILE] = _json(runs)
     return files
 
 
@@ -140,10 +142,12 @@ def _adapter_files(folder: RunFolder) -> dict[str, Path | bytes]:
             "push without --adapter"
         )
     verify_checksums(place)
-    files: dict[str, Path | bytes] = {f"{ADAPTER}/{file.name}": file for file in place.glob("adapter_*")}
-    config = parse_json(read_text(place / CONFIG_FILE))
-    base = hub_model(str(config.get("base_model_name_or_path")))
-    files[f"{ADAPTER}/{CONFIG_FILE}"] = _json(config | {"base_model_name_or_path": base or None})
+    _raise_if_link(place / CONFIG_FILE, place / WEIGHTS_FILE)
+    files: dict[str, Path | bytes] = {f"{ADAPTER}/{WEIGHTS_FILE}": place / WEIGHTS_FILE}
+    with reading_model_files(f"{place}: {CONFIG_FILE}", "push without --adapter"):
+        config = dict(parse_json(read_text(place / CONFIG_FILE)))
+        base = hub_model(str(config.get("base_model_name_or_path")))
+        files[f"{ADAPTER}/{CONFIG_FILE}"] = _json(config | {"base_model_name_or_path": base or None})
     return files
 
 
@@ -156,6 +160,7 @@ def _card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     file = folder.model_folder / CARD
+    _raise_if_link(file)
     try:
         written = ModelCard(read_text(file))
     except (OSError, ValueError, yaml.YAMLError) as broken:
@@ -261,6 +266,12 @@ def _raise_if_private(folder: RunFolder, config: RunConfig, files: Mapping[str, 
                 f"{folder.model_folder / name} names {shorten(shown[0])}, which is on this computer: take it out "
                 f"({CARD} may be edited freely), and push again"
             )
+
+
+def _raise_if_link(*files: Path) -> None:
+    """Raise `ModelError` for a link in place of a file without a checksum: in a stranger's run it may lead anywhere."""
+    if links := [file for file in files if file.is_symlink()]:
+        raise ModelError(f"{links[0]} is a link: put the file itself there")
 
 
 def _send(repository: str, files: Mapping[str, Path | bytes], card: str, *, public: bool) -> tuple[str, bool]:
