@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,19 @@ def test_hub_names_of_base_and_data_are_in_the_card(tmp_path: Path, monkeypatch:
     assert 'from_pretrained("owner/base")' in snippets(tmp_path / NAME / "README.md")[1]
 
 
+def test_run_of_a_hub_model_goes_from_a_computer_without_that_model(tmp_path: Path) -> None:
+    run = copied_run(tmp_path)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(values | {"model": "owner/base@main"}))
+    manifest = run.manifest
+    facts = replace(manifest, model=replace(manifest.model, identity={"commit": "1" * 40}))
+    (run / "manifest.json").write_text(facts.to_json())
+    card = run / "model" / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: owner/base\n", 1))
+    push_run(run, NAME, dry_run=tmp_path, adapter=True)
+    assert 'from_pretrained("owner/base")' in snippets(tmp_path / NAME / "README.md")[1]
+
+
 def test_card_that_the_user_edited_is_kept(tmp_path: Path) -> None:
     run = copied_run(tmp_path)
     card = run / "model" / "README.md"
@@ -188,7 +202,7 @@ def linked(file: Path) -> None:
         (lambda run: (run / "plan.json").unlink(), r"plan\.json is missing"),
         (lambda run: rewritten(run / "model" / "history.json", "[1]"), "put it back, or remove it"),
         (lambda run: rewritten(run / "tuned" / "adapter" / "adapter_config.json", "[1]"), "push without --adapter"),
-        (lambda run: linked(run / "model" / "README.md"), "README.md is a link"),
+        (lambda run: linked(run / "model" / "README.md"), "it is a link"),
         (lambda run: linked(run / "tuned" / "adapter" / "adapter_config.json"), "adapter_config.json is a link"),
         (lambda run: (run / "model" / "SHA256SUMS").unlink(), "has no SHA256SUMS"),
         (lambda run: (run / "model" / "model.safetensors").write_bytes(b"x"), "is not what was written"),

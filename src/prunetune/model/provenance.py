@@ -1,10 +1,12 @@
 """Where a model comes from: digests of its files or the commit of a hub model, the runs that pruned it, its licence."""
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from prunetune.config.yaml_file import parse_yaml
@@ -15,6 +17,7 @@ from prunetune.utils.files import expand_path, sha256
 from prunetune.utils.untrusted import parse_json
 
 HISTORY_FILE = "history.json"
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 KINDS = {"model": str, "layout": str, "kept": float, "params": int, "steps": int, "recipe_sha256": str}
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 # Weights, configuration, tokenizer and code. Cards and logs beside them may change.
@@ -56,11 +59,14 @@ class ModelIdentity:
         return ", ".join([*changes[:4], *([f"and {len(changes) - 4} more"] if changes[4:] else [])])
 
 
-def hub_model(name: str) -> str:
-    """The model on the hub that a name means, without its revision; "" for others, and for one not in the cache."""
-    if expand_path(name).exists() or cached_hub_file(name, "config.json") is None:
-        return ""
-    return split_revision(name)[0]
+def hub_model(name: str, identity: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The model on the hub that a name means, without its revision; "" for others.
+
+    It has to be in the cache, or to be known by a commit to the run that opened it: `identity` of its manifest.
+    """
+    is_known = "commit" in identity or cached_hub_file(name, "config.json") is not None
+    repository = split_revision(name)[0]
+    return repository if is_known and HUB_NAME.fullmatch(repository) and not expand_path(name).exists() else ""
 
 
 def public_model_name(name: str) -> str:

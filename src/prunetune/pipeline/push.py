@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from prunetune.config.recipe import RunConfig
 from prunetune.data.sources import Source, hub_dataset
@@ -21,28 +17,17 @@ from prunetune.errors import HIDDEN, ConfigError, ModelError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
 from prunetune.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
-from prunetune.model.provenance import (
-    HISTORY_FILE,
-    card_metadata,
-    hub_model,
-    license_of_card,
-    public_model_name,
-    read_history,
-)
-from prunetune.pipeline.finish import card_scores
+from prunetune.model.provenance import HISTORY_FILE, hub_model, public_model_name, read_history
+from prunetune.pipeline.hub_card import ADAPTER, CARD, LANGUAGE, PICTURE, render_hub_card
 from prunetune.pipeline.result import RunResult
 from prunetune.report import formatting
 from prunetune.report.figures import kept_units_png
-from prunetune.report.scores import LABELS
 from prunetune.runs.folder import RunFolder, open_run
 from prunetune.utils.failures import reading_model_files
 from prunetune.utils.files import atomic_folder, explain_write_errors, sha256
-from prunetune.utils.untrusted import markdown_code, markdown_text, parse_json, read_text, shorten
+from prunetune.utils.untrusted import parse_json, read_text, shorten
 
 log = logging.getLogger(__name__)
-CARD, PICTURE, ADAPTER = "README.md", "kept.png", "adapter"
-HUB_METRICS = {"rouge_l": "rouge", "macro_f1": "f1"}  # the hub's names, where they are others
-LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 MOST_TEXT = 2**20  # bytes of a file that is searched for paths; tokenizers and weights are larger
 
@@ -96,7 +81,7 @@ def push_run(
         files |= _adapter_files(folder)
     if picture := kept_units_png(RunResult(run).plan):
         files[PICTURE] = picture
-    card = _card(folder, config, repository, files, languages)
+    card = render_hub_card(folder, config, repository, files, languages)
     digests = {
         name: hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
         for name, content in sorted(files.items())
@@ -142,108 +127,14 @@ def _adapter_files(folder: RunFolder) -> dict[str, Path | bytes]:
             "push without --adapter"
         )
     verify_checksums(place)
-    _raise_if_link(place / CONFIG_FILE, place / WEIGHTS_FILE)
+    if links := [file for file in (place / CONFIG_FILE, place / WEIGHTS_FILE) if file.is_symlink()]:
+        raise ModelError(f"{links[0]} is a link, which may lead anywhere: put the file itself there")
     files: dict[str, Path | bytes] = {f"{ADAPTER}/{WEIGHTS_FILE}": place / WEIGHTS_FILE}
     with reading_model_files(f"{place}: {CONFIG_FILE}", "push without --adapter"):
         config = dict(parse_json(read_text(place / CONFIG_FILE)))
         base = hub_model(str(config.get("base_model_name_or_path")))
         files[f"{ADAPTER}/{CONFIG_FILE}"] = _json(config | {"base_model_name_or_path": base or None})
     return files
-
-
-# -- the card: that of the model folder, which its owner may have edited, and what the hub shows -----------------------
-
-
-def _card(
-    folder: RunFolder, config: RunConfig, repository: str, files: Mapping[str, Path | bytes], languages: Sequence[str]
-) -> str:
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    file = folder.model_folder / CARD
-    _raise_if_link(file)
-    try:
-        written = ModelCard(read_text(file))
-    except (OSError, ValueError, yaml.YAMLError) as broken:
-        raise ModelError(f"{file} cannot be read as a model card ({shorten(str(broken))}): correct it") from broken
-    data = config.data
-    trained_on = dict.fromkeys(filter(None, map(hub_dataset, (*data.train, *data.search, *data.distill_texts))))
-    tested_on = list(dict.fromkeys(map(hub_dataset, data.test or data.train)))
-    stated = card_metadata(config.model).get("language") or []
-    of_base = [code for code in (stated if isinstance(stated, list) else [stated]) if LANGUAGE.fullmatch(str(code))]
-    own: dict[str, Any] = written.data.to_dict()  # type: ignore[no-untyped-call]
-    metadata = {
-        "language": list(languages) or own.get("language") or of_base,
-        "datasets": own.get("datasets") or list(trained_on),
-    }
-    metadata = {key: value for key, value in metadata.items() if value}
-    metadata |= {key: value for key, value in own.items() if key not in metadata}
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=tested_on[0] if len(tested_on) == 1 and tested_on[0] else "private",
-            dataset_name=row.task,
-            dataset_config=row.task,  # by which the hub keeps tasks apart
-            dataset_split="test",
-            metric_type=HUB_METRICS.get(row.metric, row.metric),
-            metric_name=LABELS.get(row.metric, row.metric),
-            metric_value=row.scores["pruned"][0],
-        )
-        for row in card_scores(folder)
-        if math.isfinite(row.scores.get("pruned", (math.nan,))[0])
-    ]
-    name = repository.partition("/")[2]
-    if results and "model-index" not in metadata:
-        metadata |= ModelCardData(model_name=name, eval_results=results).to_dict()  # type: ignore[no-untyped-call]
-    text = re.sub(r"^# .+, tuned and pruned$", f"# {name}", written.text.strip(), count=1, flags=re.MULTILINE)
-    usage = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    if usage and '"PATH"' in usage[0]:
-        has_template = "chat_template.jinja" in files
-        code = usage[1].replace('"PATH"', f'"{repository}"') + (CHAT_USAGE if has_template else TEXT_USAGE)
-        picture = f"![Share of each kind of unit that is kept, by layer]({PICTURE})\n\n" if PICTURE in files else ""
-        text = f"{text[: usage.start()]}{picture}```python\n{code}```{text[usage.end() :]}"
-    if f"{ADAPTER}/{CONFIG_FILE}" in files:
-        base = hub_model(config.model)
-        text += f"\n\n## The dense model, tuned on the same rows\n\n{_adapter_usage(base, repository)}"
-    lines = []
-    for source in trained_on:
-        licence = license_of_card(card_metadata(source, "dataset"), "its card")
-        lines.append(f"- {markdown_code(source)}, licence {markdown_text(licence.id) if licence.id else 'not known'}")
-    if not all(map(hub_dataset, (*data.train, *data.distill_texts))):
-        lines.append("- rows that are not published")
-    text += "\n\n## Data\n\nTuned on:\n\n" + "\n".join(lines)
-    card = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{text}\n"
-    try:
-        ModelCard(card)  # which reads model-index into results again
-    except ValueError as wrong:
-        raise ModelError(f"{file}: the hub would not read its metadata ({shorten(str(wrong))}): correct it") from wrong
-    return card
-
-
-CHAT_USAGE = """
-messages = [{"role": "user", "content": "Hello"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-TEXT_USAGE = """
-inputs = tokenizer("Hello", return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(answer[0], skip_special_tokens=True))
-"""
-
-
-def _adapter_usage(base: str, repository: str) -> str:
-    if not base:
-        return f"`{ADAPTER}/` is a LoRA adapter in PEFT's format. The model that it belongs to is not on the hub."
-    return f"""`{ADAPTER}/` is a LoRA adapter in PEFT's format:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-dense = AutoModelForCausalLM.from_pretrained("{base}")
-tuned = PeftModel.from_pretrained(dense, "{repository}", subfolder="{ADAPTER}")
-```"""
 
 
 # -- what must not go, and what goes -----------------------------------------------------------------------------------
@@ -254,7 +145,8 @@ def _raise_if_private(folder: RunFolder, config: RunConfig, files: Mapping[str, 
     data = config.data
     sources = [*data.train, *data.search, *data.valid, *data.test, *data.distill_texts, *data.guard, *data.general]
     paths = [Source.parse(source).path for source in sources if not hub_dataset(source)]
-    paths += [str(folder.path.resolve()), "" if hub_model(config.model) else config.model]
+    is_on_hub = hub_model(config.model, folder.read_manifest().model.identity)
+    paths += [str(folder.path.resolve()), "" if is_on_hub else config.model]
     paths += [f"{home}/" if (home := str(Path.home())) != "/" else ""]
     private = [path for path in paths if "/" in path]
     for name, content in files.items():
@@ -266,12 +158,6 @@ def _raise_if_private(folder: RunFolder, config: RunConfig, files: Mapping[str, 
                 f"{folder.model_folder / name} names {shorten(shown[0])}, which is on this computer: take it out "
                 f"({CARD} may be edited freely), and push again"
             )
-
-
-def _raise_if_link(*files: Path) -> None:
-    """Raise `ModelError` for a link in place of a file without a checksum: in a stranger's run it may lead anywhere."""
-    if links := [file for file in files if file.is_symlink()]:
-        raise ModelError(f"{links[0]} is a link: put the file itself there")
 
 
 def _send(repository: str, files: Mapping[str, Path | bytes], card: str, *, public: bool) -> tuple[str, bool]:
