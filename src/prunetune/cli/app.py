@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
+from prunetune.cli.chat_options import ChatOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import (
@@ -56,6 +57,8 @@ EvalFlags: typing.TypeAlias = make_flags_class(EvalOptions)  # type: ignore[vali
 NO_EVAL_FLAGS = EvalFlags()
 CheckFlags: typing.TypeAlias = make_flags_class(CheckOptions)  # type: ignore[valid-type]
 NO_CHECK_FLAGS = CheckFlags()
+ChatFlags: typing.TypeAlias = make_flags_class(ChatOptions)  # type: ignore[valid-type]
+NO_CHAT_FLAGS = ChatFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DataFlags: typing.TypeAlias = make_flags_class(DataConfig)  # type: ignore[valid-type]
@@ -320,25 +323,7 @@ def export(
 
 
 @app.command
-def chat(
-    model: str,
-    /,
-    *,
-    against: Annotated[
-        str, Parameter(help="A second model that answers, too; dense: the run's dense model, tuned if it has that one.")
-    ] = "",
-    system: Annotated[str, Parameter(help="A system message before the conversation.")] = "",
-    max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 256,
-    template: Annotated[
-        Literal["auto", "chat", "raw"],
-        Parameter(
-            help="raw: continue the text as it is, as rows with prompts are tuned on; auto: chat if there is one."
-        ),
-    ] = "auto",
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Parameter(help="Arithmetic.")] = "auto",
-    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
-) -> None:
+def chat(model: str, /, *, flags: Annotated[ChatFlags, Parameter(name="*")] = NO_CHAT_FLAGS) -> None:
     """Chat with a run's model in the terminal; a pipe gives one question a line. Answers are greedy.
 
     Parameters
@@ -346,11 +331,10 @@ def chat(
     model
         A run, a model folder, a hub name, or a .gguf file.
     """
-    from prunetune.cli.chat import ChatOptions
+    options = read_options(ChatOptions, flags_to_overrides(flags), where="chat")
     from prunetune.cli.chat import chat as start_chat
 
-    options = ChatOptions(system, max_new_tokens, template, device, dtype, trust_remote_code)
-    if failures := start_chat(model, against, options):
+    if failures := start_chat(model, options):
         raise DataError(f"{failures} questions could not be asked: the lines above say why")
 
 

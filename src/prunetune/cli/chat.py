@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
+from prunetune.cli.chat_options import ChatOptions
 from prunetune.data.batches import pad_token_id
 from prunetune.data.encoding import encode_prompts
 from prunetune.data.records import Message, Record
-from prunetune.errors import ConfigError, DataError
+from prunetune.errors import DataError
 from prunetune.evaluation.generation import generate_ids
 from prunetune.evaluation.scoring_mode import evaluation_mode, max_prompt_tokens
 from prunetune.evaluation.suites.open_model import reference_of_run, resolve_checkpoint
@@ -28,18 +29,6 @@ from prunetune.utils.untrusted import printable, shorten
 log = logging.getLogger(__name__)
 SIDE_BY_SIDE_COLUMNS = 100  # a terminal that is narrower shows one answer after the other
 NEW, HELP = "/new", "Ctrl-C stops an answer, Ctrl-D ends the chat, /new forgets the conversation."
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How questions are asked."""
-
-    system: str = ""
-    max_new_tokens: int = 256
-    template: Literal["auto", "chat", "raw"] = "auto"  # auto: the chat template, if there is one
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass
@@ -112,12 +101,13 @@ class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no type
         self.show(printable(text))
 
 
-def chat(run: str, against: str, options: ChatOptions) -> int:
+def chat(run: str, options: ChatOptions) -> int:
     """Ask questions from the terminal, or from a pipe, in which each line is a question of its own.
 
-    `run`: a run, model folder, hub name or .gguf file; `against`: the same, or "dense" for the run's. Returns how many
-    questions could not be asked. Raises a `PrunetuneError` before the first question.
+    `run`: a run, model folder, hub name or .gguf file. Returns how many questions could not be asked. Raises a
+    `PrunetuneError` before the first question.
     """
+    against = options.against
     named = [("pruned" if against == "dense" else shorten(run), resolve_checkpoint(run))]
     if against == "dense":
         reference, words = reference_of_run(run)
@@ -125,8 +115,6 @@ def chat(run: str, against: str, options: ChatOptions) -> int:
         log.info("dense is %s: %s", words, reference)
     elif against:
         named.append((shorten(against), resolve_checkpoint(against)))
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: an answer has 1 token at least")
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     models = []

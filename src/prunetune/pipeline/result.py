@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,8 +63,9 @@ class RunResult(PosixPath):
     @property
     def sizes(self) -> dict[float, RunResult]:
         """With several sizes, the run of each by its `budget.keep`, largest first; else empty."""
-        folders = [folder for folder in (self / "sizes").glob("*") if (folder / "config.yaml").is_file()]
-        return {float(folder.name): RunResult(folder) for folder in sorted(folders, reverse=True)}
+        folders = [recipe.parent for recipe in (self / "sizes").glob("[0-9]*/config.yaml")]
+        keeps = {float(folder.name): folder for folder in folders if re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", folder.name)}
+        return {keep: RunResult(keeps[keep]) for keep in sorted(keeps, reverse=True)}
 
     @property
     def scores(self) -> pd.DataFrame:
