@@ -187,10 +187,11 @@ def _ask_in_columns(models: Sequence[ChatModel], question: str, console: Console
 
     def columns(max_lines: int = 0) -> Table:
         table = Table.grid(padding=(0, 2), expand=True)
+        table.width = console.width - 3  # the terminal writes ^C behind the last line, which must not wrap
         cells = []
         for text in texts:
             table.add_column(ratio=1)
-            lines = Text(text).wrap(console, console.width // len(models) - 2)
+            lines = Text(text).wrap(console, table.width // len(models) - 2)
             cells.append(Text("\n").join(lines[-max_lines:]))
         table.add_row(*(Text(model.title, style="bold") for model in models))
         table.add_row(*cells)

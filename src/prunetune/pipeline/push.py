@@ -132,7 +132,7 @@ def _adapter_files(folder: RunFolder) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {f"{ADAPTER}/{WEIGHTS_FILE}": place / WEIGHTS_FILE}
     with reading_model_files(f"{place}: {CONFIG_FILE}", "push without --adapter"):
         config = dict(parse_json(read_text(place / CONFIG_FILE)))
-        base = hub_model(str(config.get("base_model_name_or_path")))
+        base = hub_model(str(config.get("base_model_name_or_path")), folder.read_manifest().model.identity)
         files[f"{ADAPTER}/{CONFIG_FILE}"] = _json(config | {"base_model_name_or_path": base or None})
     return files
 
