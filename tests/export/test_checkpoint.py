@@ -116,6 +116,24 @@ def test_kv_groups_validator_builds_one_model_for_each_new_width(monkeypatch: py
     assert built == [2]
 
 
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_no_default_dtype_changes_while_a_bfloat16_model_is_planned_and_written(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It belongs to the process: cells in other threads would make their tensors in it."""
+    model, defaults = tiny("llama").bfloat16(), []
+    model.config.dtype = torch.bfloat16
+    sites = find_sites(model)
+    monkeypatch.setattr(torch, "set_default_dtype", defaults.append)
+    assert kv_groups_validator(model.config)(1)
+    plan = Plan({site.name: tuple(range(site.units // 2)) for site in sites}, {site.name: site.units for site in sites})
+    written = write_checkpoint(
+        cut(model, plan, sites=sites), subwords(), plan, sites, tmp_path / "model", layout=layout, card=""
+    )
+    assert json.loads((written.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert set(defaults) == {torch.float32}
+
+
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_checkpoint_keeps_rope_scaling_of_the_dense_model(kind: str, layout: str, tmp_path: Path) -> None:

@@ -340,10 +340,22 @@ def test_rows_of_a_large_model_are_hardly_padded_with_a_teacher_on_half_of_a_bat
     sites = find_sites(model)
     add_adapters(model, sites, LoraSettings(rank=4), seed=0)
     teacher = Teacher(tiny("llama", seed=1), is_tuned=False, share=0.5)
-    passes, rows = PackedPasses(model, sites, 0, config_of(), teacher), []
+    config = from_mapping({"train": {"compile": "off"}})
+    passes, rows = PackedPasses(model, sites, 0, config, teacher), []
     passes.recorder.run = lambda key, function, inputs: (rows.append(inputs), function(inputs))  # type: ignore
     passes.use_sites(sites, 5)
     passes.tune(examples(), None)
     assert len(rows) == 2
     for input_ids, *_ in rows:
         assert input_ids.shape[1] - int((input_ids != 0).sum()) < 16
+
+
+@pytest.mark.parametrize(("smallest_large", "pays_from"), [(1, 300), (10**9, 1000)])
+def test_passes_compile_from_the_steps_that_pay_for_the_size_of_the_model(
+    smallest_large: int, pays_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes_module, "LARGE_MODEL_PARAMS", smallest_large)
+    model = tiny("llama")
+    for steps in (pays_from - 1, pays_from):
+        passes = PackedPasses(model, find_sites(model), 0, from_mapping({"train": {"steps": steps}}))
+        assert passes.compiles == (steps == pays_from)

@@ -166,7 +166,6 @@ def kv_groups_validator(config: Any) -> Callable[..., bool]:
 
     It builds a model without weights of that shape, and compares the width of its heads with the dense model's: some
     classes demand a hidden size that the heads divide, others derive the head dimension from it. Answers are cached.
-    Building a model changes settings of the whole process, so the first call must not be in a thread.
     """
     heads = head_counts(config)
 

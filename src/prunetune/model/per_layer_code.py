@@ -7,6 +7,7 @@ such a folder by classes of its own (`per_layer_classes`), and never runs those 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -45,9 +46,19 @@ from prunetune.utils.failures import reading_model_files
 
 
 def build_meta_model(config: Any) -> Any:
-    """A causal language model of a stock class, or one with images around it, without weights (on the meta device)."""
+    """A causal language model of a stock class, or one with images around it, without weights (on the meta device).
+
+    In float32, whatever the configuration says: a class that transformers builds in another dtype makes it the default
+    of the whole process meanwhile, and two threads that do so at once can leave it there.
+    """
+    config = copy.deepcopy(config)
+    parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
+    dtypes = [part.dtype for part in parts]
     with torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+    for part, dtype in zip(parts, dtypes, strict=True):
+        part.dtype = dtype
+    return model
 
 
 def write_code(folder: Path) -> None:
