@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
+from prunetune.cli.chat_options import ChatOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import (
@@ -56,6 +57,8 @@ EvalFlags: typing.TypeAlias = make_flags_class(EvalOptions)  # type: ignore[vali
 NO_EVAL_FLAGS = EvalFlags()
 CheckFlags: typing.TypeAlias = make_flags_class(CheckOptions)  # type: ignore[valid-type]
 NO_CHECK_FLAGS = CheckFlags()
+ChatFlags: typing.TypeAlias = make_flags_class(ChatOptions)  # type: ignore[valid-type]
+NO_CHAT_FLAGS = ChatFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DataFlags: typing.TypeAlias = make_flags_class(DataConfig)  # type: ignore[valid-type]
@@ -319,6 +322,79 @@ def export(
     _print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
+@app.command
+def chat(model: str, /, *, flags: Annotated[ChatFlags, Parameter(name="*")] = NO_CHAT_FLAGS) -> None:
+    """Chat with a run's model in the terminal; a pipe gives one question a line. Answers are greedy.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, or a .gguf file.
+    """
+    options = read_options(ChatOptions, flags_to_overrides(flags), where="chat")
+    from prunetune.cli.chat import chat as start_chat
+
+    if failures := start_chat(model, options):
+        raise DataError(f"{failures} questions could not be asked: the lines above say why")
+
+
+@app.command
+def serve(
+    model: str,
+    /,
+    *,
+    server: Annotated[
+        Literal["auto", "transformers", "llama.cpp"], Parameter(help="auto: transformers; llama.cpp for .gguf files.")
+    ] = "auto",
+    host: Annotated[
+        str, Parameter(help="Address to listen on; the default can be reached from here only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 8000,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; for transformers.")] = "auto",
+) -> None:
+    """Serve a model as an OpenAI-compatible endpoint, by transformers' or llama.cpp's server, until Ctrl-C.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, or a .gguf file.
+    """
+    from prunetune.cli.serve import serve as start_server
+
+    start_server(model, server=server, host=host, port=port, device=device)
+
+
+@app.command
+def push(
+    run: UserPath,
+    repository: str,
+    /,
+    *,
+    public: Annotated[bool, Parameter(negative=(), help="Make the repository public; default: private.")] = False,
+    dry_run: Annotated[
+        UserPath | None, Parameter(help="Send nothing, and write what would go to DIR/OWNER/NAME of this folder.")
+    ] = None,
+    adapter: Annotated[
+        bool, Parameter(negative=(), help="Also send the dense tuned model, as a LoRA adapter in adapter/.")
+    ] = False,
+    language: Annotated[
+        tuple[str, ...], Parameter(negative=(), help="Languages for the card, such as en; default: those of the base.")
+    ] = (),
+) -> None:
+    """Put the model of a finished run on the Hugging Face hub, private, with a card of its scores.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    repository
+        OWNER/NAME on the hub; it is made if it is not there.
+    """
+    from prunetune.pipeline.push import push_run
+
+    _print(push_run(run, repository, public=public, dry_run=dry_run, adapter=adapter, languages=language))
+
+
 @app.command(name="eval")
 def evaluate(
     model: str,
@@ -468,9 +544,9 @@ def main() -> None:
     sys.exit(run_and_exit_on_failure(_run_app))
 
 
-def _raise_keyboard_interrupt(*_: object) -> None:
-    """Stop as for Ctrl-C, which is ignored in the background of a script."""
-    raise KeyboardInterrupt
+def _raise_keyboard_interrupt(number: int, _: object) -> None:
+    """Stop as for Ctrl-C, which is ignored in the background of a script, and which has no number."""
+    raise KeyboardInterrupt(number)
 
 
 def _run_app() -> int:

@@ -228,6 +228,13 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
     return files
 
 
+def hub_dataset(source: str) -> str:
+    """The data set on the hub that a source names, without configuration, split and revision; "" for files."""
+    path = Source.parse(source).path
+    match = HUB_NAME.fullmatch(path)
+    return match["name"] if match and not _has_reader(path) else ""
+
+
 def _has_reader(path: str) -> bool:
     suffix = data_suffix(path)
     return suffix in (TEXT_FORMATS if Path(path.lower()).suffix in COMPRESSED else READERS)

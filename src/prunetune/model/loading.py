@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,14 +109,14 @@ def _did_you_mean(path: Path) -> str:
     return f"; did you mean {' or '.join(str(path.with_name(name)) for name in similar)}?" if similar else ""
 
 
-def cached_hub_file(name: str, file: str) -> Path | None:
+def cached_hub_file(name: str, file: str, kind: Literal["model", "dataset"] = "model") -> Path | None:
     """A hub model's file in the cache, or None. The hub is not asked, which takes long without a network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         repository, revision = split_revision(name)
-        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        cached = try_to_load_from_cache(repository, file, revision=revision or None, repo_type=kind)
     except HFValidationError:  # not a possible hub name
         return None
     return Path(cached) if isinstance(cached, str) else None
