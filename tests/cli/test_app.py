@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -429,14 +430,18 @@ def app(*_, **__):
     logging.getLogger("onnxscript.rewriter").warning("what a library warns of")
     logging.getLogger("prunetune.utils.console").info("step 1")
 prunetune.cli.app.app = app
-sys.argv = ["prunetune", "export", "runs/a"]
+sys.argv = ["prunetune", "export", "runs/a", *sys.argv[1:]]
 prunetune.cli.app.main()
 """
 
 
 def test_log_holds_own_info_and_warnings_of_libraries() -> None:
     ended = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "what a library warns of\nstep 1\n")
+    lines = [line.partition(" ") for line in ended.stderr.splitlines()]
+    assert (ended.returncode, [text for _, _, text in lines]) == (0, ["what a library warns of", "step 1"])
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time, _, _ in lines), "a log has times"
+    quiet = subprocess.run([sys.executable, "-c", LOGGING, "-q"], capture_output=True, text=True, check=False)
+    assert quiet.stderr.count("\n") == 1, "what a library warns of"
 
 
 def test_plain_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

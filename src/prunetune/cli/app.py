@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
@@ -62,6 +62,26 @@ DataFlags: typing.TypeAlias = make_flags_class(DataConfig)  # type: ignore[valid
 NO_DATA_FLAGS = DataFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
 UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, tokens: expand_path(tokens[0].value))]
+
+
+session = app.meta
+
+
+@session.default
+def _with_session_options(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    quiet: Annotated[
+        bool, Parameter(name=("--quiet", "-q"), negative=(), help="Print results, warnings and errors only.")
+    ] = False,
+) -> None:
+    if quiet:
+        logging.getLogger("prunetune").setLevel(logging.WARNING)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+session.suppress_keyboard_interrupt = False
+session.group_parameters = Group("Options of every command", sort_key=99)
+app.register_install_completion_command()
 
 
 @app.command
@@ -452,8 +472,10 @@ def bench(
 def main() -> None:
     """Entry point; exits with 0 (done), 1 (limit broken), 2 (user error), 130 (interrupted) or 141 (output closed)."""
     is_rank_0 = not rank_and_world_size()[0]  # which logs for all
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    handler = _StderrHandler()
+    handler.setFormatter(
+        _PrintableFormatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", "%H:%M:%S")
+    )
     logging.basicConfig(handlers=[handler], level=logging.WARNING if is_rank_0 else logging.ERROR)
     logging.captureWarnings(True)
     sys.excepthook = _print_traceback
@@ -474,10 +496,10 @@ def _raise_keyboard_interrupt(*_: object) -> None:
 
 
 def _run_app() -> int:
-    if single := single_process_error(next(iter(sys.argv[1:]), "")):
+    if single := single_process_error(_command()):
         return _fail(single, 2)
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        session(sys.argv[1:], exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except UnusedCliTokensError as wrong:
         given = " ".join(wrong.unused_tokens or ())
@@ -488,7 +510,7 @@ def _run_app() -> int:
     except PrunetuneError as wrong:
         return _fail(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
-        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
+        resumable = _command() in ("run", "demo", "compare") and "--dry-run" not in sys.argv
         message = "told to stop, as when another rank ends" if rank_and_world_size()[1] > 1 else "interrupted"
         return _fail(f"{message}; continue with --resume" if resumable else message, 130)
     except BrokenPipeError:
@@ -505,6 +527,11 @@ def _run_app() -> int:
     return 0
 
 
+def _command() -> str:
+    """The command's name, "" if none is named; --quiet may stand before it."""
+    return next((word for word in sys.argv[1:] if word not in ("-q", "--quiet")), "")
+
+
 def _is_output_closed() -> bool:
     """Whether nobody reads standard output any more, as behind `| head`; the rest of the output is then discarded."""
     poll = select.poll()
@@ -518,6 +545,13 @@ def _is_output_closed() -> bool:
 def _print(result: object) -> None:
     """Print on standard output; texts of others, in names and errors, do not steer the terminal."""
     print(printable(str(result)))
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what standard error is at the moment: a live line replaces it, so that log lines stay above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
 
 
 class _PrintableFormatter(logging.Formatter):

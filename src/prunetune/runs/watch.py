@@ -121,13 +121,13 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
-    rows.add_row("phase", plain_text(_phase_text(snapshot, last)))
     if snapshot.metrics or not snapshot.is_finished:  # a run of several sizes has its steps in their folders
         left, time_left = snapshot.seconds_left, ""
         if not snapshot.is_finished and snapshot.step < snapshot.total_steps and left is not None:
-            time_left = f", about {round(left) // 60} min {round(left) % 60:02d} s of tuning left"
+            time_left = f", about {round(left) // 60} min {round(left) % 60:02d} s left"
+        rows.add_row("", ProgressBar(total=snapshot.total_steps, completed=snapshot.step, width=40))
         rows.add_row("step", f"{snapshot.step:,} of {snapshot.total_steps:,}{time_left}")
-        rows.add_row("", ProgressBar(total=snapshot.total_steps, completed=snapshot.step, width=50))
+    rows.add_row("phase", plain_text(_phase_text(snapshot, last)))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
         values = [float(line[key]) for line in snapshot.metrics if isinstance(line.get(key), int | float)]
         if values:
@@ -166,9 +166,9 @@ def _phase_text(snapshot: RunSnapshot, last: JsonObject) -> str:
 
 def _validation_table(lines: Sequence[JsonObject]) -> Table:
     names = [name for name in ("valid.accuracy", "guard.perplexity", "guard.accuracy") if name in lines[-1]]
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for name in ("validation", "phase", "kept", "valid.nll", *names):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("valid-\nation", "phase", "kept", "valid\nnll", *(name.replace(".", "\n") for name in names)):
+        table.add_column(name, justify="left" if name == "phase" else "right", no_wrap=name != "phase")
     for line in lines:
         scores = [f"{line[name]:.4g}" if isinstance(line.get(name), int | float) else "–" for name in ("nll", *names)]
         table.add_row(str(line["step"]), plain_text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}", *scores)
