@@ -33,6 +33,7 @@ from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_fi
 from prunetune.pruning.families import FAMILIES
 from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
+from prunetune.utils.hub_access import hub_failure
 from prunetune.utils.suggest import similar_names
 from prunetune.utils.untrusted import parse_json
 
@@ -99,6 +100,7 @@ def resolve_model_path(name: str) -> str:
             f"model {name}: no such folder beside the runs in {path.parent} "
             f"(a hub model opens after: hf download {name}){_did_you_mean(path)}"
         )
+    hub_failure()  # if it cannot be asked, only its cache is, at once
     return name
 
 
