@@ -334,9 +334,12 @@ def export(
     """
     from prunetune.export.formats import export_run
     from prunetune.export.result import ExportOptions
+    from prunetune.utils.console import show_stage
 
     options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
-    _print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
+    with show_stage("export"):
+        result = export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code)
+    _print(result)
 
 
 @app.command(name="eval")

@@ -256,9 +256,8 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
             failure = _one_line(broken)
         break
     if rows is None:
-        tried = (
-            f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}" + (offline and f"; {offline}")
-        )
+        parts = (name, config and f"config {config}", f"split {' or '.join(splits)}", offline)
+        tried = ", ".join(filter(None, parts))
         raise DataError(
             f"{source.path}: no such file, and not to be had from the hub ({tried}): {failure}; "
             "correct the name, or write owner/name:config@split#revision"

@@ -25,6 +25,7 @@ from prunetune.export.source import ExportSource
 from prunetune.utils.failures import first_line
 from prunetune.utils.optional import require_installed
 
+log = logging.getLogger(__name__)
 GRAPH_FILE = "model.onnx"
 ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LIMIT = 1e-3  # largest relative difference of logits, float32
@@ -37,6 +38,7 @@ def export_onnx(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     require_installed(*PACKAGES, extra="onnx", use="onnx export")
     model = source.load_model()
     path.mkdir()
+    log.info("tracing the graph")
     program = _trace(model, source.config.vocab_size)
     program.save(str(path / GRAPH_FILE), external_data=True)
     del program
@@ -120,6 +122,7 @@ def check_onnx(model: Any, graph: Path) -> RuntimeCheck:
     """
     import onnxruntime
 
+    log.info("comparing the graph with the model in onnxruntime")
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     logits_of, difference, largest, same, positions = _Logits(model), 0.0, 0.0, 0, 0
     for batch, length in CHECKED_SHAPES:

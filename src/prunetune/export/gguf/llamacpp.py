@@ -1,6 +1,7 @@
 """Checks a GGUF file in llama.cpp (xllamacpp): next tokens against transformers in float32, and texts' tokens."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from prunetune.errors import SelfCheckFailed
 from prunetune.export.source import ExportSource
 from prunetune.utils.optional import is_installed
 
+log = logging.getLogger(__name__)
 STEPS = 16  # greedy tokens
 TIE_MARGIN = 1e-3  # if the two best logits differ by less than this share of the largest, rounding may swap them
 CHECK_TEXTS = (
@@ -112,6 +114,7 @@ def reference_continuations(
     source: ExportSource, prompts: Sequence[Sequence[int]], steps: int = STEPS
 ) -> list[GreedyContinuation]:
     """Greedy continuations of the checkpoint in stock transformers, float32, in a fresh process."""
+    log.info("generating %d tokens with transformers", steps * len(prompts))
     folder = str(source.folder.absolute())
     answers = _run_script(REFERENCE_SCRIPT, [folder], {"prompts": prompts, "steps": steps}, f"{source.folder}")
     return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in answers]
@@ -125,6 +128,7 @@ def compare_tokens(
     threads: int = 0,
 ) -> TokenAgreement:
     """Compare llama.cpp's next token after every prefix of the references, and its tokens of `CHECK_TEXTS`."""
+    log.info("generating them with llama.cpp")
     prefixes = [
         [*prompt, *reference.tokens[:step]]
         for prompt, reference in zip(prompts, references, strict=True)

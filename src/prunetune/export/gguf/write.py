@@ -17,6 +17,7 @@ from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
 
+log = logging.getLogger(__name__)
 DTYPES = ("f16", "f32", "bf16", "q8_0", *MIXES)
 EXACT_DTYPES = ("f32", "f16")  # in these llama.cpp must generate the tokens of transformers in float32
 
@@ -32,7 +33,9 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     arch, config, dtype = select_architecture(source), source.config, options.dtype
     if dtype in MIXES:
         require_library(dtype)
+    log.info("writing %.1f M parameters as %s, %s", source.params / 1e6, arch.name, dtype)
     tensors, tokenizer_note = write_gguf(source, path, dtype)
+    log.info("reading %.1f MB back", path.stat().st_size / 1e6)
     verify_tensors(source, path, tensors)
     readback = RuntimeCheck(f"gguf {version('gguf')}", f"{len(tensors)} tensors of {dtype} read back, equal to the bit")
     # Next tokens in llama.cpp and transformers.
