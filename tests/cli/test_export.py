@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_export_prints_what_it_wrote_and_where(say: Said, run: Path, tmp_path: P
     assert lines[1].startswith("checked in gguf")
     assert "llama.cpp" in lines[2]
     assert lines[-1] == str(tmp_path / "a.gguf")
+
+
+def test_export_as_json_has_path_size_and_checks(say: Said, run: Path, tmp_path: Path) -> None:
+    code, out, _ = say(run, "--out", tmp_path / "again", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["path"] == str(tmp_path / "again")
+    assert result["bytes"] > 0
+    assert all(check["ran"] for check in result["checks"])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import signal
 import sys
 import traceback
 import typing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
+from json import dumps, loads
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal
@@ -34,7 +35,7 @@ from prunetune.config.recipe import (
 from prunetune.errors import ConfigError, DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
-from prunetune.utils.files import check_writable, expand_path, write_text
+from prunetune.utils.files import STANDARD_OUTPUT, check_writable, expand_path, write_text
 from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
 from prunetune.utils.threads import limit_openmp_threads
 from prunetune.utils.untrusted import printable
@@ -66,6 +67,10 @@ UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, token
 
 session = app.meta
 
+PrintJson: typing.TypeAlias = Annotated[
+    bool, Parameter(name="--json", negative=(), help="Print all that is known as JSON, for scripts.")
+]
+
 
 @session.default
 def _with_session_options(
@@ -76,12 +81,17 @@ def _with_session_options(
 ) -> None:
     if quiet:
         logging.getLogger("prunetune").setLevel(logging.WARNING)
-    app(tokens, exit_on_error=False, print_error=False)
+    words: list[str] = []
+    for word in tokens:  # cyclopts takes a lone - for an option: --json - becomes --json=-
+        if word == "-" and words and words[-1].startswith("--"):
+            words[-1] += "=-"
+        else:
+            words.append(word)
+    app(words, exit_on_error=False, print_error=False)
 
 
 session.suppress_keyboard_interrupt = False
 session.group_parameters = Group("Options of every command", sort_key=99)
-app.register_install_completion_command()
 
 
 @app.command
@@ -208,6 +218,7 @@ def sites(
     ] = False,
     workload: Annotated[WorkloadFlags, Parameter(name="*")] = NO_WORKLOAD_FLAGS,
     trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
+    json: PrintJson = False,
 ) -> None:
     """Which modules can be pruned: units, legal widths, and what budgets mean in bytes and time; reads no weights.
 
@@ -216,8 +227,11 @@ def sites(
     model
         A folder, a hub name (owner/name, owner/name@revision), a .gguf file, or 'demo'.
     """
-    from prunetune.cli.preview import render_sites
+    from prunetune.cli.preview import describe_sites, render_sites
 
+    if json:
+        _print_json(describe_sites(model, layout, align, units, trust_remote_code=trust_remote_code))
+        return
     requests = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
     _print(
         render_sites(
@@ -262,7 +276,7 @@ def runs(
     where: Annotated[
         tuple[str, ...], Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.")
     ] = (),
-    json: Annotated[bool, Parameter(negative=(), help="Print all that is known of them as JSON.")] = False,
+    json: PrintJson = False,
 ) -> None:
     """List the runs, sizes and comparisons of a folder, and of those in $PRUNETUNE_HOME's runs.txt, newest first.
 
@@ -324,6 +338,7 @@ def export(
     trust_remote_code: Annotated[
         bool, Parameter(negative=(), help="Run code that comes with the model folder.")
     ] = False,
+    json: PrintJson = False,
 ) -> None:
     """Write the model of a finished run in another format, open it again and compare.
 
@@ -339,7 +354,10 @@ def export(
     options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
     with show_stage("export"):
         result = export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code)
-    _print(result)
+    if json:
+        _print_json(asdict(result) | {"path": str(result.path)})
+    else:
+        _print(result)
 
 
 @app.command(name="eval")
@@ -349,7 +367,8 @@ def evaluate(
     *,
     suite: UserPath,
     out: Annotated[
-        UserPath | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
+        UserPath | None,
+        Parameter(help="Write scores and items to this JSON file, which check reads too; -: print them."),
     ] = None,
     flags: Annotated[EvalFlags, Parameter(name="*")] = NO_EVAL_FLAGS,
 ) -> None:
@@ -369,9 +388,8 @@ def evaluate(
     check_writable(out, "--out")
     with evaluation_progress() as progress:
         scores = evaluate_and_check.evaluate(model, suite, options=options, progress=progress)
-    if out is not None:
-        write_text(out, evaluate_and_check.evaluation_to_json(scores, model, str(suite)))
-    _print(output.render_evaluation(scores))
+    written = evaluate_and_check.evaluation_to_json(scores, model, str(suite)) if out else ""
+    _print_or_write(output.render_evaluation(scores), out, written)
     unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
         raise DataError(f"{len(unscored)} of {len(scores.tasks)} tasks could not be scored: {', '.join(unscored)}")
@@ -385,7 +403,9 @@ def check(
     suite: UserPath,
     junit: Annotated[UserPath | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
     html: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures as a page.")] = None,
-    json: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
+    json: Annotated[
+        UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file; -: print them.")
+    ] = None,
     flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
     """Compare a model with a reference: exit 1, with the new failures, if a limit of the suite is broken.
@@ -413,9 +433,7 @@ def check(
         from prunetune.report.check_page import render_check_page
 
         write_text(html, render_check_page(result, public_url(model), str(suite)))
-    if json is not None:
-        write_text(json, result.to_json())
-    _print(output.render_check(result))
+    _print_or_write(output.render_check(result), json, result.to_json() if json else "")
     if result.broken:
         raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
     if result.errors:
@@ -427,7 +445,7 @@ def history(
     suite: UserPath,
     /,
     *,
-    json: Annotated[bool, Parameter(negative=(), help="Print all scores as JSON.")] = False,
+    json: PrintJson = False,
 ) -> None:
     """Scores of a suite over time: a row for each version of a model that eval or check scored, newest first.
 
@@ -436,19 +454,21 @@ def history(
     suite
         The suite's file. Scores are kept in suite_scores.jsonl of $PRUNETUNE_HOME, or of the cache folder.
     """
-    from json import dumps
-
     from prunetune.evaluation.suites.score_history import read_scores, render_history
 
     versions = read_scores(suite)
-    _print(dumps([scored.to_dict() for scored in versions], indent=1) if json else render_history(suite, versions))
+    if json:
+        _print_json([scored.to_dict() for scored in versions])
+    else:
+        _print(render_history(suite, versions))
 
 
 @app.command
 def bench(
     *models: str,
     json: Annotated[
-        UserPath | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
+        UserPath | None,
+        Parameter(help="Write settings, device, versions and figures to this JSON file; -: print."),
     ] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
@@ -459,17 +479,19 @@ def bench(
     models
         Runs, model folders, hub names, or .gguf files (through llama.cpp).
     """
-    from json import dumps
-
     from prunetune.bench.measure_models import measure_models
     from prunetune.bench.table import render_bench
 
     options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
     check_writable(json, "--json")
     result = measure_models(models, options)
-    if json is not None:
-        write_text(json, dumps(result.to_dict(), indent=2) + "\n")
-    _print(render_bench(result))
+    _print_or_write(render_bench(result), json, dumps(result.to_dict(), indent=2) + "\n")
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print a script that completes commands and options: prunetune completion bash > FILE; source FILE."""
+    print(app.generate_completion(shell=shell))
 
 
 def main() -> None:
@@ -548,6 +570,20 @@ def _is_output_closed() -> bool:
 def _print(result: object) -> None:
     """Print on standard output; texts of others, in names and errors, do not steer the terminal."""
     print(printable(str(result)))
+
+
+def _print_or_write(result: object, file: Path | None, as_json: str) -> None:
+    """Print a result and write its JSON to the file, if one is named; for "-" print the JSON instead."""
+    if file == STANDARD_OUTPUT:
+        _print_json(loads(as_json))
+        return
+    if file is not None:
+        write_text(file, as_json)
+    _print(result)
+
+
+def _print_json(values: object) -> None:
+    print(dumps(values, indent=1))
 
 
 class _StderrHandler(logging.Handler):
