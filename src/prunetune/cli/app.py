@@ -301,8 +301,21 @@ def compare_runs(first: UserPath, /, *others: UserPath) -> None:
 
 
 @app.command
-def watch(run: UserPath, /) -> None:
-    """Show the progress of a run in a terminal until it ends."""
+def watch(
+    run: UserPath,
+    /,
+    *,
+    web: Annotated[
+        bool, Parameter(negative=(), help="Show the report in a browser, refreshed, with the runs of the same folder.")
+    ] = False,
+    port: Annotated[int, Parameter(help="The port of --web on this computer; 0: any free one.")] = 6016,
+) -> None:
+    """Show the progress of a run in a terminal until it ends, or with --web in a browser until it is stopped."""
+    if web:
+        from prunetune.cli.watch_server import serve_run
+
+        serve_run(run, port, announce=_print)
+        return
     from prunetune.runs.watch import watch_run
 
     watch_run(run)
