@@ -101,5 +101,5 @@ def test_partial_folder_of_a_killed_export_is_removed(say: Said, run: Path, tmp_
     """A killed export leaves such a folder."""
     (tmp_path / "x.gguf.partial").write_text("half")
     assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.Modelfile", "x.gguf"]
     assert set(formats.EXPORT_FORMATS) >= {"gguf", "uniform", "per-layer"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from prunetune.errors import ConfigError
 from prunetune.export import convert
 from prunetune.export.gguf import write as gguf
+from prunetune.export.gguf.modelfile import format_modelfile, run_commands
 from prunetune.export.model_card import format_export_card
 from prunetune.export.onnx import export_onnx
 from prunetune.export.quantize import SCHEMES, export_quantized
@@ -91,7 +92,17 @@ def export_run(
             partial.rename(path)
         finally:
             _remove(partial)
-    return replace(result, path=path)
+        if to != "gguf":
+            return replace(result, path=path)
+        # Beside the file, what Ollama needs to know of it.
+        modelfile = path.with_suffix(".Modelfile")
+        text, note = format_modelfile(source, path.name)
+        if os.path.lexists(modelfile):
+            note = f"{modelfile} exists already and was kept"
+        else:
+            write_text(modelfile, text)
+        notes = (*result.notes, note) if note else result.notes
+    return replace(result, path=path, notes=notes, commands=run_commands(path, modelfile))
 
 
 def _check_options(to: str, source: ExportSource, options: ExportOptions) -> None:

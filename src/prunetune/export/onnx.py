@@ -22,11 +22,11 @@ from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import edit_json
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
+from prunetune.model.onnx_model import GRAPH_FILE
 from prunetune.utils.failures import first_line
 from prunetune.utils.optional import require_installed
 
 log = logging.getLogger(__name__)
-GRAPH_FILE = "model.onnx"
 ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LIMIT = 1e-3  # largest relative difference of logits, float32
 CHECKED_SHAPES = ((1, 1), (1, 17), (3, 12), (2, 33))  # batch and length; none is the shape that is traced

@@ -28,6 +28,7 @@ from prunetune.model.config_checks import (
 )
 from prunetune.model.gguf_import import dequantize_gguf
 from prunetune.model.hub_revision import fetch_revision, split_revision
+from prunetune.model.onnx_model import OnnxModel, is_onnx_folder
 from prunetune.model.per_layer_classes import register_family, register_folder
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.pruning.families import FAMILIES
@@ -181,6 +182,8 @@ def load_model_and_tokenizer(
     path = resolve_model_path(name)
     verify_checksums(Path(path))
     config = load_config(name, trust_remote_code=trust_remote_code)
+    if is_onnx_folder(Path(path)):
+        return LoadedModel(OnnxModel(name, Path(path), config).eval(), load_tokenizer(name), torch.float32)
     if dequantize:
         _ask_to_dequantize(config)
     was_quantised = hasattr(config, "quantization_config")
@@ -247,6 +250,8 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     go by config.json. Of a hub model whose files are not in the cache nothing is checked.
     """
     raise_unless_causal_lm(name, config)
+    if is_onnx_folder(Path(resolve_model_path(name))):
+        raise ModelError(f"model {name}: a graph cannot be pruned or tuned; name the folder that it was exported from")
     stored_dtypes: dict[str, str] = {}
     for file in weight_files(name):
         with reading_model_files(f"model {name}: {file.name} cannot be read", "fetch it again"):

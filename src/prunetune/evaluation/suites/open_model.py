@@ -192,7 +192,7 @@ class CheckpointBackend:
     def _local(self) -> LocalModel:
         device = pick_device(self.options.device)
         dtype = pick_dtype(self.options.dtype, device)
-        log.info("loading %s in %s on %s", public_url(self.name), str(dtype).removeprefix("torch."), device)
+        log.info("loading %s", public_url(self.name))
         trust = self.options.trust_remote_code
         opened = load_model_and_tokenizer(self.name, device=device, dtype=dtype, trust_remote_code=trust)
         return LocalModel(opened.model, opened.tokenizer, name=self.name, max_tokens=self.options.max_tokens)
