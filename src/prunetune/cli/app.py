@@ -335,7 +335,7 @@ def export(
     /,
     *,
     to: Annotated[
-        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout of the run.")
+        Literal["uniform", "per-layer", "gguf", "onnx", "mlx"] | None, Parameter(help="Default: the layout of the run.")
     ] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,

@@ -1,6 +1,7 @@
-"""The export formats (uniform, per-layer, gguf, onnx) in one table, and `export_run`, which writes and checks one."""
+"""The export formats (uniform, per-layer, gguf, onnx, mlx) in a table; `export_run` writes and checks one."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from prunetune.errors import ConfigError
 from prunetune.export import convert
 from prunetune.export.gguf import write as gguf
 from prunetune.export.gguf.modelfile import format_modelfile, run_commands
+from prunetune.export.mlx import export_mlx
 from prunetune.export.model_card import format_export_card
 from prunetune.export.onnx import export_onnx
 from prunetune.export.quantize import SCHEMES, export_quantized
@@ -39,6 +41,7 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     "per-layer": ExportFormat(convert.export_per_layer, ("", "f32", "bf16", "f16")),
     "gguf": ExportFormat(gguf.export_gguf, gguf.DTYPES, ".gguf"),
     "onnx": ExportFormat(export_onnx, ("f32",)),
+    "mlx": ExportFormat(export_mlx, ("", "f32", "bf16", "f16")),
 }
 
 
@@ -93,7 +96,8 @@ def export_run(
         finally:
             _remove(partial)
         if to != "gguf":
-            return replace(result, path=path)
+            commands = (f"mlx_lm.chat --model {shlex.quote(str(path))}",) if to == "mlx" else ()
+            return replace(result, path=path, commands=commands)
         # Beside the file, what Ollama needs to know of it.
         modelfile = path.with_suffix(".Modelfile")
         text, note = format_modelfile(source, path.name)
@@ -107,7 +111,7 @@ def export_run(
 
 def _check_options(to: str, source: ExportSource, options: ExportOptions) -> None:
     """Raises `ConfigError` for options that the format, or this model in it, cannot have."""
-    if to in ("gguf", "onnx") and is_multimodal(source.config):
+    if to in ("gguf", "onnx", "mlx") and is_multimodal(source.config):
         raise ConfigError(f"{to} of a multimodal model ({source.config.model_type}) is not written: use --to uniform")
     dtypes = EXPORT_FORMATS[to].dtypes
     if options.dtype not in dtypes:
