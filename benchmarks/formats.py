@@ -4,7 +4,8 @@
 
 Tokens: the run's checkpoint in stock transformers, float32, continues two texts greedily by 16 tokens each. The runtime
 gives the next token after each of these 32 beginnings. A token counts as equal, or as within the format's own error: in
-transformers, with the same rounded weights, its logit is no further below the best than rounding moved any logit there.
+transformers, with the same rounded weights, its logit is no further below the best than rounding moved any logit there,
+or than a tie (a thousandth of the largest logit).
 Modelfile: it is beside the .gguf file, with a template or the reason why it has none.
 """
 
@@ -141,7 +142,8 @@ def measure(source: ExportSource, made: Format, case: Case, suite: Path) -> dict
     error = float((rounded - exact).abs().max())
     equal = sum(ours == theirs for ours, theirs in zip(found, expected, strict=True))
     below = [float(logits.max() - logits[token]) for logits, token in zip(rounded, found, strict=True)]
-    within = sum(ours != theirs and gap <= error for ours, theirs, gap in zip(found, expected, below, strict=True))
+    margin = max(error, llamacpp.TIE_MARGIN * float(exact.abs().max()))  # or a tie, as the export itself counts it
+    within = sum(ours != theirs and gap <= margin for ours, theirs, gap in zip(found, expected, below, strict=True))
     row["32 tokens"] = f"{equal} equal" + (f", {within} within its error" if equal < len(expected) else "")
     if made.to == "mlx":  # of a per-layer model only mlx-lm opens it; the folder of a uniform one is in the first row
         return row
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--python", action="append", default=[], metavar="RUNTIME=PATH")
     parser.add_argument("--docs", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="FORMAT", help="names in the first column, such as 'gguf f16'")
     parser.add_argument("--results", type=Path, help="append a row for bar S1")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # llama.cpp's threads wait for each other, which takes long where cores are shared
@@ -180,7 +183,7 @@ def main() -> None:
             write_json_lines(Path(work) / "written.jsonl", written)
             references = llamacpp.reference_continuations(source, prompts)
             case = Case(source, prompts, references, dict(named.split("=", 1) for named in asked.python), Path(work))
-            for made in formats_of(source):
+            for made in (made for made in formats_of(source) if not asked.only or made.name in asked.only):
                 row = measure(source, made, case, suite)
                 lines.append(f"| {' | '.join(row[column] for column in COLUMNS)} |")
                 print(lines[-1], file=sys.stderr, flush=True)
