@@ -59,7 +59,7 @@ class LocalRunner:
         self.load_s = clock.synchronized_time(self.device) - start
         self.prefill, self.step = self.model, self.model
         arguments = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in arguments:  # state-space models
+        if not arguments.keys() & {"past_key_values", "cache"}:  # state-space models; cache: since transformers 5.24
             if "cache_params" not in arguments or options.record or options.compile:
                 raise ModelError(
                     f"model {model.label}: transformers passes its states in a way that is not timed here; leave "
