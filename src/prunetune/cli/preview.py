@@ -33,19 +33,12 @@ def render_sites(
     `measure` times the device for a latency table, where none is kept. Raises `PlanError` where layout uniform could
     not be written for this architecture.
     """
-    from prunetune.export.checkpoint import kv_groups_validator, mlp_width_option
-    from prunetune.model.loading import load_meta_model, pick_device
+    from prunetune.model.loading import pick_device
     from prunetune.pipeline.plan_constraints import budget_table_lines
-    from prunetune.pruning.sites import find_sites
     from prunetune.pruning.units import prunable_params
-    from prunetune.search.plan_rules import PlanConstraints, default_align
     from prunetune.search.select import min_feasible_keep
 
-    meta_model = load_meta_model(model, trust_remote_code=trust_remote_code)
-    sites = find_sites(meta_model, units)
-    if layout == "uniform" and any(site.kind == "mlp" for site in sites):
-        mlp_width_option(meta_model.config)  # raises where the architecture has none
-    constraints = PlanConstraints(layout, align or default_align(sites), 0, kv_groups_validator(meta_model.config))
+    meta_model, sites, constraints = _open_sites(model, layout, align, units, trust_remote_code=trust_remote_code)
     smallest_keep = min_feasible_keep(sites, constraints)
     total_params = sum(parameter.numel() for parameter in meta_model.parameters())
     lines = [
@@ -64,6 +57,51 @@ def render_sites(
         f"smallest feasible budget.keep, layout {layout}: {smallest_keep:.3f}",
     ]
     return "\n".join(lines)
+
+
+def describe_sites(
+    model: str, layout: str, align: int, units: Sequence[str], *, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What `render_sites` shows but the budgets, as values for JSON: a list of all sites, and the smallest keep."""
+    from prunetune.pruning.units import prunable_params
+    from prunetune.search.plan_rules import min_width
+    from prunetune.search.select import min_feasible_keep
+
+    meta_model, sites, constraints = _open_sites(model, layout, align, units, trust_remote_code=trust_remote_code)
+    rows = [
+        {"name": site.name, "kind": site.kind, "units": site.units, "unit_params": site.unit_params}
+        | {"units_per_group": site.units_per_group, "min_units_per_group": min_width(site, constraints)}
+        for site in sites
+    ]
+    return {
+        "model": model,
+        "model_type": meta_model.config.model_type,
+        "params": sum(parameter.numel() for parameter in meta_model.parameters()),
+        "prunable_params": prunable_params(sites),
+        "min_keep": min_feasible_keep(sites, constraints),
+        "align": constraints.align,
+        "sites": rows,
+    }
+
+
+def _open_sites(
+    model: str, layout: str, align: int, units: Sequence[str], *, trust_remote_code: bool
+) -> tuple[Any, tuple[Site, ...], PlanConstraints]:
+    """The model on the meta device, its sites, and the rules of plans for it."""
+    from prunetune.export.checkpoint import kv_groups_validator, mlp_width_option
+    from prunetune.model.loading import load_meta_model
+    from prunetune.pruning.sites import find_sites
+    from prunetune.search.plan_rules import PlanConstraints, default_align
+
+    meta_model = load_meta_model(model, trust_remote_code=trust_remote_code)
+    sites = find_sites(meta_model, units)
+    if layout == "uniform" and any(site.kind == "mlp" for site in sites):
+        mlp_width_option(meta_model.config)  # raises where the architecture has none
+    return (
+        meta_model,
+        sites,
+        PlanConstraints(layout, align or default_align(sites), 0, kv_groups_validator(meta_model.config)),
+    )
 
 
 def _site_rows(sites: Sequence[Site], constraints: PlanConstraints) -> list[tuple[str, ...]]:

@@ -269,7 +269,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
                 raise RunFolderError(f"{file} cannot be read ({broken}): remove it to score anew") from broken
             continue
         model = load_model(context, name)
-        context.console.stage(f"evaluate {name}", 1)
+        context.console.stage(f"evaluate {name}", 0)
         result = score_model(context, model)
         write_text(file, result.redacted(context.config.report.redaction).to_json())
 
