@@ -97,7 +97,7 @@ def test_what_cannot_be_served_is_refused_before_a_model_is_loaded(
     assert (code, "move or link the folder" in err) == (2, True)
     monkeypatch.setattr(transformers.utils.import_utils, "is_serve_available", lambda: False)
     code, _, err = say("serve", finished_run(), "--port", unused_port())
-    assert (code, "pip install 'prunetune[serve]'" in err) == (2, True)
+    assert (code, "pip install 'transformers[serving]" in err) == (2, True)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     code, _, err = say("serve", tmp_path / "a.gguf", "--port", unused_port())
     assert (code, "put llama-server on PATH" in err) == (2, True)

@@ -20,7 +20,7 @@ from prunetune.model.loading import load_config, load_tokenizer, pick_device, re
 from prunetune.model.per_layer_classes import per_layer_classes
 from prunetune.pruning.families import MODEL_TYPE_PREFIX
 from prunetune.utils.files import expand_path
-from prunetune.utils.optional import is_installed
+from prunetune.utils.optional import install_command, is_installed
 from prunetune.utils.untrusted import printable
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ def serve(
     if server == "llama.cpp" and file is None:
         raise ConfigError(f"llama.cpp serves .gguf files, and {run} is none: prunetune export {run} --to gguf")
     if server == "llama.cpp" and not has_llama:
-        raise MissingPackage("llama.cpp is not here: put llama-server on PATH, or pip install 'prunetune[llamacpp]'")
+        raise MissingPackage(f"llama.cpp is not here: put llama-server on PATH, or run: {install_command('llamacpp')}")
     if server == "transformers" and not is_serve_available():
         raise MissingPackage(
-            "transformers' server needs packages that are not here; run: pip install 'prunetune[serve]', or "
+            f"transformers' server needs packages that are not here; run: {install_command('serve')}, or "
             f"prunetune export {run} --to gguf for llama.cpp's"
         )
     _raise_if_taken(host, port)
