@@ -81,6 +81,8 @@ def score_units(
         price = float(site.total_unit_params)
         if limits and limits.prices_with_children:
             price *= limits.prices_with_children[site.name] / dense[site.name].total_unit_params
+        elif job.constraints.budget_of == "model":
+            price += site.outer_params
         scores[site.name] = importance[site.name] / price
     return in_dense_numbering(scores, job.sites, plan)
 
