@@ -146,7 +146,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     from prunetune.pipeline.plan_constraints import budget_table_lines, budget_usage_lines
     from prunetune.pipeline.prepare import disk_bytes_needed, prepare
     from prunetune.pipeline.time_estimate import describe_time
-    from prunetune.pruning.units import kept_params
+    from prunetune.pruning.units import removed_params
     from prunetune.pruning.vocabulary import prune_model
     from prunetune.runs.trackers import require_trackers
     from prunetune.search.select import select, uniform_scores
@@ -162,7 +162,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     constraints = context.constraints
     plan = select(uniform_scores(context.sites), context.sites, context.config.budget.keep, constraints)
     dense_params = context.dense_params
-    pruned_params = dense_params - sum(site.params for site in context.sites) + kept_params(context.sites, plan)
+    pruned_params = dense_params - removed_params(context.sites, plan)
     meta_model = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
     kept = context.vocabulary
     if kept is not None:

@@ -35,9 +35,8 @@ from prunetune.pruning.sites import find_sites
 from prunetune.pruning.tiny_models import tiny_config, tiny_model
 from prunetune.pruning.units import Site, UnitKind, effective_layout
 from prunetune.runs.folder import RunFolder
-from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
-from prunetune.search.select import min_feasible_keep, min_widths, select, uniform_scores, with_limits
+from prunetune.search.select import min_counts, min_feasible_keep, select, uniform_scores, with_limits
 from prunetune.utils.failures import first_line
 from prunetune.utils.tables import table_lines
 
@@ -236,8 +235,8 @@ def budget_table_lines(
             raise
         table, untimed_reason = None, str(untimed)
     # {heading: units kept by site}, None if not feasible; shares are of parameters, whatever the budget's kind.
-    nested_sites, unlimited = NestedSites(sites), replace(constraints, limits=None)
-    least = nested_sites.kept_unit_counts(min_widths(nested_sites, unlimited), nested_sites.sites)
+    unlimited = replace(constraints, limits=None)
+    least = min_counts(sites, unlimited)
     widths_by_plan: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
     for keep in PREVIEW_SHARES:
         is_feasible = keep >= min_feasible_keep(sites, unlimited)

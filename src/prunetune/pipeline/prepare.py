@@ -44,7 +44,7 @@ from prunetune.pipeline.plan_constraints import apply_budgets, make_plan_constra
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules, unprunable_params
-from prunetune.pruning.units import Site, prunable_params
+from prunetune.pruning.units import Site, hidden_site, prunable_params
 from prunetune.pruning.vocabulary import KeptVocabulary, prune_model
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.plan_rules import PlanConstraints
@@ -219,6 +219,17 @@ def prepare(
         )
     if ranks.uses_fsdp and config.lora.quantize != "off":
         raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
+    if hidden_site(sites):
+        obstacles = {
+            "search.method generator": config.search.method == "generator",
+            "lora.quantize": config.lora.quantize != "off",
+            "a launch with --use_fsdp": ranks.uses_fsdp,
+        }
+        if obstacle := next((name for name, is_there in obstacles.items() if is_there), ""):
+            raise ConfigError(
+                f"budget.units: hidden-channels cross all layers, and {obstacle} works on one linear or layer at a "
+                "time: leave one of the two out"
+            )
     require_disk_space(folder.path, sum(disk_bytes_needed(meta_model, sites, config)))
     log.info("model %s on %s in %s, layout %s", recipe.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":

@@ -220,7 +220,10 @@ def set_hidden_size(model: Any, site: Site, kept: Sequence[int]) -> None:
     """After the cut of the weights: tie the head again, and state the new size in modules and configuration."""
     dense, size, config = site.units, len(kept), model.config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # The stream's scale over that of the dense model, which is a teacher's.
+    model.dense_hidden_size, model.stream_scale = getattr(model, "dense_hidden_size", dense), 1.0
     if _scale_follows_size(embedding, dense):
+        model.stream_scale = (size / model.dense_hidden_size) ** 0.5
         embedding.scalar_embed_scale = size**0.5
         embedding.embed_scale = torch.full_like(embedding.embed_scale, size**0.5)
     if head is not None and head.weight.shape[-1] == dense:
@@ -237,4 +240,4 @@ def set_hidden_size(model: Any, site: Site, kept: Sequence[int]) -> None:
     config.hidden_size = size
     index = torch.tensor(kept, device=embedding.weight.device)
     before = getattr(model, "kept_hidden_channels", None)
-    model.kept_hidden_channels = index if before is None else before[index]  # of the dense model, for its teacher
+    model.kept_hidden_channels = index if before is None else before[index]  # by which a dense teacher is compared
