@@ -31,7 +31,8 @@ from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_confi
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.teacher_student_weights import unshare_weights
-from prunetune.pruning.units import dense_plan, kept_params
+from prunetune.pruning.units import dense_plan
+from prunetune.search.plan_rules import budget_share
 from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.forward import Teacher, base_teacher
@@ -144,7 +145,7 @@ class CellRunner:
                 **scores,
                 "bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
                 "formats": {name: self._score_as_stored(model, context, name) for name in formats},
-                "kept": kept_params(context.sites, plan) / sum(site.params for site in context.sites),
+                "kept": budget_share(context.sites, plan.widths(), context.constraints),
                 "widths": plan.widths(),
                 **facts,
                 "eval_seconds": time.monotonic() - started,
@@ -179,8 +180,8 @@ class CellRunner:
         config = cell.config(self.context.config)
         shared = self.context.constraints
         model = self.model or load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
-        constraints = make_plan_constraints(config, self.context.sites, model.config, shared.allows_groups)
-        context = replace(self.context, config=config, constraints=replace(constraints, limits=shared.limits))
+        constraints = make_plan_constraints(config, self.context.sites, model.config, shared)
+        context = replace(self.context, config=config, constraints=constraints)
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             context = with_distill_texts(context, context_length(model))
         if not cell.method.equal_help:

@@ -126,8 +126,8 @@ def _validate_before_start(context: RunContext, methods: Sequence[Method], grid:
                     f"compare.jobs {jobs} with lora.dropout ({method.name}): concurrent cells draw from one random "
                     "generator, so results would not repeat; set compare.jobs 1 or lora.dropout 0"
                 )
-            constraints = make_plan_constraints(config, context.sites, model_config, context.constraints.allows_groups)
-            select(scores, context.sites, cell.keep, replace(constraints, limits=context.constraints.limits))
+            constraints = make_plan_constraints(config, context.sites, model_config, context.constraints)
+            select(scores, context.sites, cell.keep, constraints)
 
 
 def _check_disk_space(comparisons: Sequence[_Comparison]) -> None:

@@ -36,6 +36,11 @@ class BudgetConfig:
         flag_type=str,
         flag_alias="--keep",
     )
+    of: Literal["decoder", "model"] = option(
+        "decoder",
+        "What budget.keep is a share of: the prunable parameters of the decoder's layers, or all parameters of the "
+        "model, embedding and head included.",
+    )
     quality: float = option(
         0.0,
         "Quality to keep, as a share of the tuned dense model's: 0.98. The run cuts a tenth at a time, judges each cut "

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,9 +44,12 @@ log = logging.getLogger(__name__)
 
 
 def make_plan_constraints(
-    config: RunConfig, sites: tuple[Site, ...], model_config: Any, allows_groups: Callable[[int], bool] | None = None
+    config: RunConfig,
+    sites: tuple[Site, ...],
+    model_config: Any,
+    shared: PlanConstraints | None = None,
 ) -> PlanConstraints:
-    """What plans are legal for this model and layout; `allows_groups` if the legal counts of KV groups are known.
+    """What plans are legal for this model and layout; `shared` are those of another recipe for the same model.
 
     Raises `ConfigError` for constraints under which no checkpoint can be written.
     """
@@ -81,12 +84,15 @@ def make_plan_constraints(
         config.layout,
         align,
         budget.min_groups,
-        allows_groups or kv_groups_validator(model_config),
+        shared.allows_groups if shared else kv_groups_validator(model_config),
         min_share=budget.min_share,
         min_experts=budget.min_experts,
         min_queries=budget.min_queries,
         protected=protected,
         tensor_parallel=budget.tensor_parallel,
+        budget_of=budget.of,
+        limits=shared.limits if shared else None,
+        model_params=shared.model_params if shared else 0,
     )
 
 

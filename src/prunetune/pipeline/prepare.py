@@ -181,7 +181,12 @@ def prepare(
         prune_model(meta_model, vocabulary)
         config = replace(config, model=str(reduced_folder(folder.path)))
     sites = find_sites(meta_model, config.budget.units)
-    constraints = make_plan_constraints(config, sites, meta_model.config)
+    dense_params = sum(parameter.numel() for parameter in meta_model.parameters())
+    constraints = replace(
+        make_plan_constraints(config, sites, meta_model.config),
+        model_params=dense_params,
+        original_params=vocabulary.original_params if vocabulary and config.budget.of == "model" else 0,
+    )
     begun = folder if resume else None
     config, constraints = apply_budgets(resolve_auto(config, sites), sites, constraints, meta_model, device, begun)
     for keep in config.budget.keeps:  # raises `PlanError` for a budget that no plan meets
@@ -248,7 +253,7 @@ def prepare(
         splits=splits,
         encoded=encoded,
         console=console,
-        dense_params=sum(parameter.numel() for parameter in meta_model.parameters()),
+        dense_params=dense_params,
         unprunable_block_params=unprunable_params(meta_model, config.budget.units),
         ranks=ranks,
         base=base,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.errors import PlanError
-from prunetune.pruning.units import Site, UnitKind, count_params
+from prunetune.pruning.units import Site, UnitKind, count_params, prunable_params
 
 EXPERT_ROW_ALIGN = 8  # grouped kernels for experts want rows of 16 bytes
 
@@ -27,8 +27,8 @@ class PlanConstraints:
     protected: frozenset[int] = frozenset()  # layers that keep everything
     limits: BudgetLimits | None = None  # budgets other than a share of the parameters
     budget_of: str = "decoder"  # or "model": what `budget.keep` is a share of
-    # Parameters that no unit owns, counted where the budget is of the model.
-    fixed_params: int = 0
+    model_params: int = 0  # of the whole dense model, if the budget is of that
+    original_params: int = 0  # the same with all tokens, if `budget.vocab` has pruned some; then the share is of these
     tensor_parallel: int = 1  # KV groups and MLP widths are multiples of this, so that as many devices share a layer
 
     def unit_price(self, site: Site) -> float:
@@ -61,7 +61,15 @@ def budget_params(sites: Sequence[Site], counts: Mapping[str, int], constraints:
     params = int(count_params(sites, counts))
     if constraints.budget_of == "decoder":
         return params
-    return params + sum(counts[site.name] * site.outer_params for site in sites) + constraints.fixed_params
+    outer = sum((site.units - counts[site.name]) * site.outer_params for site in sites)
+    return constraints.model_params - (prunable_params(sites) - params) - outer
+
+
+def budget_share(sites: Sequence[Site], counts: Mapping[str, int], constraints: PlanConstraints) -> float:
+    """The share that `budget.keep` limits, under {site: units kept}."""
+    dense = {site.name: site.units for site in sites}
+    whole = constraints.original_params or budget_params(sites, dense, constraints)
+    return budget_params(sites, counts, constraints) / whole
 
 
 def check_tensor_parallel(sites: Sequence[Site], constraints: PlanConstraints) -> None:

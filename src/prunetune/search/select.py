@@ -22,7 +22,14 @@ from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.remaining_sites import remaining_sites
 from prunetune.pruning.units import Site, UnitKind, hidden_site
 from prunetune.search.nested_sites import NestedSites, SiteWidths
-from prunetune.search.plan_rules import PlanConstraints, block_size, budget_params, check_tensor_parallel, min_width
+from prunetune.search.plan_rules import (
+    PlanConstraints,
+    block_size,
+    budget_params,
+    budget_share,
+    check_tensor_parallel,
+    min_width,
+)
 from prunetune.search.uniform import UniformPlanner
 
 Scores = Mapping[str, Tensor]  # site name -> one score per unit [U]; higher ones are kept
@@ -45,7 +52,8 @@ def select(
     limits, hidden = constraints.limits, hidden_site(sites)
     cost_limits = limits.cost_limits_at(keep) if limits else ()
     keep = limits.params_share_at(keep) if limits else keep
-    dense_params = budget_params(sites, {site.name: site.units for site in sites}, constraints)
+    dense = {site.name: site.units for site in sites}
+    dense_params = constraints.original_params or budget_params(sites, dense, constraints)
     target_params = int(keep * dense_params * (1 + KEEP_TOLERANCE))
     check_tensor_parallel(sites, constraints)
     lowest = budget_params(sites, min_counts(sites, constraints), constraints)
@@ -57,7 +65,7 @@ def select(
         )
     nested_sites = NestedSites(without_hidden(sites), scores, larger_plan)
     if hidden is None:
-        reserved = constraints.fixed_params if constraints.budget_of == "model" else 0
+        reserved = budget_params(sites, dict.fromkeys(dense, 0), constraints)
         tracker = BudgetTracker(nested_sites, cost_limits)
         return nested_sites.best_plan(_best_widths(nested_sites, target_params - reserved, tracker, constraints))
     channels = NestedSites([hidden], scores, larger_plan)
@@ -67,8 +75,7 @@ def select(
     narrower = range(min_width(hidden, constraints), widest, block_size(hidden, constraints))
     for width in (widest, *reversed(narrower)):
         narrowed = nested_sites.with_sites(without_hidden(sites, width))
-        none_kept = {site.name: 0 for site in sites} | {hidden.name: width}
-        reserved = budget_params(sites, none_kept, constraints)
+        reserved = budget_params(sites, dict.fromkeys(dense, 0) | {hidden.name: width}, constraints)
         tracker = BudgetTracker(narrowed, cost_limits, {hidden.name: width})
         if target_params - reserved < narrowed.total_params(min_widths(narrowed, constraints)):
             continue
@@ -182,8 +189,7 @@ def min_params(sites: Sequence[Site], constraints: PlanConstraints) -> int:
 
 def min_feasible_keep(sites: Sequence[Site], constraints: PlanConstraints) -> float:
     """The smallest keep that some legal plan meets, as a share of the parameters that the budget counts."""
-    dense = {site.name: site.units for site in sites}
-    return min_params(sites, constraints) / budget_params(sites, dense, constraints)
+    return budget_share(sites, min_counts(sites, constraints), constraints)
 
 
 def _candidate_blocks(
@@ -327,8 +333,7 @@ def with_limits(
     prices, prices_with_children = _unit_prices(NestedSites(sites), constraints, budgets)
     limits = BudgetLimits(tuple(budgets), requested_keep, 0.0, 0.0, prices, prices_with_children)
     plan = select(uniform_scores(sites), sites, 0.0, replace(constraints, limits=limits))
-    feasible, dense = (budget_params(sites, counts, constraints) for counts in (plan.widths(), plan.units))
-    feasible_keep = feasible / dense
+    feasible_keep = budget_share(sites, plan.widths(), constraints)
     limits = replace(limits, feasible_keep=feasible_keep, feasible_price_share=_kept_share(plan, prices))
     return replace(constraints, limits=limits)
 
