@@ -185,9 +185,8 @@ def _scale_follows_size(embedding: Any, size: int) -> bool:
 def keep_norm_scale(model: Any, site: Site, kept: int) -> None:
     """Multiply what the norms that read the stream put out by sqrt(d / k), in place, and let their weights be tuned.
 
-    To be called before the cut to `kept` of the site's channels. The weights become float32, with a gradient of zero,
-    as some belong to blocks that are gone. Norms after a block of Gemma, whose embedding shrinks by sqrt(k / d), put
-    out as much less already.
+    To be called before the cut to `kept` of the site's channels. The weights become float32. Norms after a block of
+    Gemma, whose embedding shrinks by sqrt(k / d), put out as much less already.
     """
     factor = (site.units / kept) ** 0.5
     shrinks = _scale_follows_size(model.get_input_embeddings(), site.units)
@@ -202,9 +201,7 @@ def keep_norm_scale(model: Any, site: Site, kept: int) -> None:
         if not (shrinks and is_after_block):
             offset = _weight_offset(norm)
             weight = (weight + offset) * factor - offset
-        tuned = nn.Parameter(weight)
-        tuned.grad = torch.zeros_like(tuned)
-        setattr(norm, leaf, tuned)
+        setattr(norm, leaf, nn.Parameter(weight))
 
 
 def _weight_offset(norm: Any) -> float:

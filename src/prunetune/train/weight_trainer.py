@@ -104,6 +104,9 @@ class WeightTrainer:
         if self.job.config.train.weights == "all" and not self.is_merged:
             merge_adapters(self.job.model, trainable=True)
             self.is_merged = True
+        if hidden:  # norms are tuned, also those before blocks that are gone, which never get a gradient
+            for weight in trainable_parameters(self.job.model).values():
+                weight.grad = torch.zeros_like(weight)
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Load weights and moments of a checkpoint; if they are of a cut model, `apply_cut` has run before."""
