@@ -29,7 +29,7 @@ from prunetune.train.losses import mean_loss
 from prunetune.train.schedule import build_schedule
 from prunetune.train.weight_trainer import WeightTrainer
 from support.loop import KEEP, MemoryStore, config_of, identical, job_of, losses, weights_of
-from support.models import tiny
+from support.models import random_plan, tiny
 
 BLOCKS = ("attention-blocks", "mlp-blocks", "kv-groups", "mlp-channels")
 QUERIES = ("kv-groups", "query-heads", "mlp-channels")
@@ -271,6 +271,25 @@ def test_run_resumed_before_between_and_after_cuts_equals_the_uninterrupted_one(
             ]
             == [{name: value for name, value in record.items() if name not in timed} for record in records[stop:]]
         )
+
+
+def test_norms_before_removed_blocks_are_tuned_without_a_gradient() -> None:
+    """A plan that removes a layer, blocks and channels at once: the loop runs, and resumes to the same weights."""
+    units = ("hidden-channels", "layers", *BLOCKS)
+    model = tiny("gemma2", layers=6)
+    plan = random_plan(model, units=units, seed=2)
+    gone = {name.partition(":")[2] for name, kept in plan.kept.items() if not kept}
+    assert {"layers", "attention-blocks", "mlp-blocks"} <= gone
+    config = config_of({"train": {"steps": 4, "weights": "all", "weights_rate": 1e-2}})
+    whole = observed(job_of(config, model=model, plan=plan, units=units))
+    assert whole.cuts[0].cut_loss == pytest.approx(whole.cuts[0].masked_loss, rel=1e-5)
+    job = replace(
+        job_of(config, model=tiny("gemma2", layers=6), plan=plan, units=units),
+        checkpoints=MemoryStore(whole.states[2]),
+    )
+    tune_and_prune(job)
+    assert identical(weights_of(job), weights_of(whole.job))
+    assert any("input_layernorm" in name for name in weights_of(job))
 
 
 # -- budgets of other kinds ------------------------------------------------------------------------------------------

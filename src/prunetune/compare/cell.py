@@ -19,8 +19,9 @@ from prunetune.compare.grid import Cell, cell_header
 from prunetune.compare.kept_models import KeptModels
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
-from prunetune.config.recipe import DistillConfig
+from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
+from prunetune.errors import ConfigError
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.export.gguf.tensors import rounded_as_stored
 from prunetune.export.quantize import SCHEMES, rounded_as_quantized
@@ -30,8 +31,9 @@ from prunetune.pipeline.prepare import RunContext, resolve_auto, with_distill_te
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
+from prunetune.pruning.sites import find_sites
 from prunetune.pruning.teacher_student_weights import unshare_weights
-from prunetune.pruning.units import dense_plan
+from prunetune.pruning.units import Site, dense_plan
 from prunetune.search.plan_rules import budget_share
 from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.cuda_graphs import own_stream
@@ -96,6 +98,20 @@ class CellMonitor:
         self.curve.append({"step": record["step"], "kept": record["kept"], "nll": finite_or_none(record["nll"])})
         if not self.runner.concurrent:
             self.runner.context.console.validation(record)
+
+
+def sites_of_cell(context: RunContext, config: RunConfig, model: Any) -> tuple[Site, ...]:
+    """The sites of the comparison, or those of other units that a variant prunes.
+
+    Raises `ConfigError` if its budget is of another kind, whose prices are of the comparison's units.
+    """
+    if config.budget.units == context.config.budget.units:
+        return context.sites
+    if context.constraints.limits:
+        raise ConfigError(
+            "a variant prunes other budget.units, and the budget is no share of parameters: name budget.keep instead"
+        )
+    return find_sites(model, config.budget.units)
 
 
 @dataclass
@@ -178,10 +194,10 @@ class CellRunner:
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
         config = cell.config(self.context.config)
-        shared = self.context.constraints
         model = self.model or load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
-        constraints = make_plan_constraints(config, self.context.sites, model.config, shared)
-        context = replace(self.context, config=config, constraints=constraints)
+        sites = sites_of_cell(self.context, config, model)
+        constraints = make_plan_constraints(config, sites, model.config, self.context.constraints)
+        context = replace(self.context, config=config, sites=sites, constraints=constraints)
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             context = with_distill_texts(context, context_length(model))
         if not cell.method.equal_help:

@@ -33,7 +33,7 @@ from prunetune.pruning.families import FAMILIES, INSIDE_WRAPPERS, MODEL_TYPE_PRE
 from prunetune.pruning.family_check import TOLERANCE, half_plan, small_logits
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.tiny_models import tiny_config, tiny_model
-from prunetune.pruning.units import Site, UnitKind, effective_layout
+from prunetune.pruning.units import Site, UnitKind, effective_layout, hidden_site
 from prunetune.runs.folder import RunFolder
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
 from prunetune.search.select import min_counts, min_feasible_keep, select, uniform_scores, with_limits
@@ -64,6 +64,13 @@ def make_plan_constraints(
             f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
             f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
         )
+    if hidden_site(sites):
+        obstacles = {
+            "search.method generator prices every unit by itself": config.search.method == "generator",
+            "lora.quantize stores a linear along the one axis that a cut shortens": config.lora.quantize != "off",
+        }
+        if obstacle := next((reason for reason, is_there in obstacles.items() if is_there), ""):
+            raise ConfigError(f"budget.units: hidden-channels cross all other units, and {obstacle}: leave one out")
     layout = effective_layout(config.layout, sites)
     if is_multimodal(model_config) and layout != "uniform":
         raise ConfigError(

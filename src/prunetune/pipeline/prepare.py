@@ -224,17 +224,10 @@ def prepare(
         )
     if ranks.uses_fsdp and config.lora.quantize != "off":
         raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
-    if hidden_site(sites):
-        obstacles = {
-            "search.method generator": config.search.method == "generator",
-            "lora.quantize": config.lora.quantize != "off",
-            "a launch with --use_fsdp": ranks.uses_fsdp,
-        }
-        if obstacle := next((name for name, is_there in obstacles.items() if is_there), ""):
-            raise ConfigError(
-                f"budget.units: hidden-channels cross all layers, and {obstacle} works on one linear or layer at a "
-                "time: leave one of the two out"
-            )
+    if hidden_site(sites) and ranks.uses_fsdp:
+        raise ConfigError(
+            "budget.units: hidden-channels cross all layers, and --use_fsdp cuts one at a time: leave it out"
+        )
     require_disk_space(folder.path, sum(disk_bytes_needed(meta_model, sites, config)))
     log.info("model %s on %s in %s, layout %s", recipe.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":
