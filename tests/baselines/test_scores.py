@@ -420,7 +420,7 @@ def test_obs_scores_the_loss_that_other_columns_cannot_make_up_for() -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_hidden_channels_are_scored_or_refused_by_name(name: str) -> None:
-    """Methods that read a unit's own output linear, or whole layers, have nothing to say about channels of all layers."""
+    """Methods that read a unit's own output linear, or whole layers, cannot score channels of all layers."""
     given = calibration(tiny("qwen3", tie_word_embeddings=True))
     sites = find_sites(given.model, ("hidden-channels", "kv-groups", "mlp-channels"))
     passes = build_passes(given.model, sites, 0, given.config)

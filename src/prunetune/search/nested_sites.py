@@ -110,10 +110,10 @@ class NestedSites:
         """{site: units kept in all its groups} of these sites."""
         return {site.name: widths[site.name] * self.open_parent_groups(site, widths) for site in sites}
 
-    def best_plan(self, widths: SiteWidths) -> Plan:
-        """The plan that keeps the best units of every open group, as many as these widths say."""
+    def best_units(self, widths: SiteWidths) -> dict[str, Tensor]:
+        """{site: bool [U]}: the best units of every open group, as many as these widths say."""
         if not self.sites:
-            return Plan({}, {})
+            return {}
         best = torch.cat([self.ranked_units[site.name][:, : widths[site.name]].flatten() for site in self.sites])
         is_best = torch.zeros(sum(site.units for site in self.sites), dtype=torch.bool).index_fill_(0, best, True)
         kept = self._split_by_site(is_best)
@@ -121,5 +121,9 @@ class NestedSites:
             if parent := self.parent(site):
                 groups_per_unit = site.parent_groups // parent.units
                 kept[site.name] &= kept[parent.name].flatten().repeat_interleave(groups_per_unit)[:, None]
-        indices = {name: tuple(mask.flatten().nonzero()[:, 0].tolist()) for name, mask in kept.items()}
+        return {name: mask.flatten() for name, mask in kept.items()}
+
+    def best_plan(self, widths: SiteWidths) -> Plan:
+        """The plan that keeps these units."""
+        indices = {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in self.best_units(widths).items()}
         return Plan(indices, {site.name: site.units for site in self.sites})

@@ -70,7 +70,7 @@ def select(
         return nested_sites.best_plan(_best_widths(nested_sites, target_params - reserved, tracker, constraints))
     channels = NestedSites([hidden], scores, larger_plan)
     current = remaining_sites(sites, larger_plan) if larger_plan else sites
-    best_plan, most = None, -math.inf
+    best, most = None, -math.inf
     widest = channels.max_width(hidden)
     narrower = range(min_width(hidden, constraints), widest, block_size(hidden, constraints))
     for width in (widest, *reversed(narrower)):
@@ -83,14 +83,13 @@ def select(
             widths = _best_widths(narrowed, target_params - reserved, tracker, constraints)
         except PlanError:  # a limit on another cost, which fewer channels may meet
             continue
-        kept_channels = channels.best_plan({hidden.name: width})
-        plan = narrowed.best_plan(widths)
-        plan = Plan({**kept_channels.kept, **plan.kept}, {**kept_channels.units, **plan.units})
-        if (kept := _kept_importance(scores, current, plan, constraints)) > most:
-            best_plan, most = plan, kept
-    if best_plan is None:
+        kept_units = channels.best_units({hidden.name: width}) | narrowed.best_units(widths)
+        if (kept := _kept_importance(scores, current, kept_units, constraints)) > most:
+            best, most = (width, widths), kept
+    if best is None:
         raise PlanError("no number of hidden channels meets all budgets at once: raise one of them")
-    return best_plan
+    of_channels, of_others = channels.best_plan({hidden.name: best[0]}), nested_sites.best_plan(best[1])
+    return Plan({**of_channels.kept, **of_others.kept}, {**of_channels.units, **of_others.units})
 
 
 def _best_widths(
@@ -137,7 +136,9 @@ def _best_widths(
     return widths
 
 
-def _kept_importance(scores: Scores, sites: Sequence[Site], plan: Plan, constraints: PlanConstraints) -> float:
+def _kept_importance(
+    scores: Scores, sites: Sequence[Site], kept_units: Mapping[str, Tensor], constraints: PlanConstraints
+) -> float:
     """The sum over kept units of score times price, no unit above those around it; `sites` are those scored.
 
     Scores count from the lowest, if that is negative.
@@ -150,8 +151,7 @@ def _kept_importance(scores: Scores, sites: Sequence[Site], plan: Plan, constrai
         ceilings[site.name] = min(ceilings[site.parent], float(values.max()))
         price = constraints.unit_price(site) if site.kind is UnitKind.HIDDEN_CHANNEL else site.unit_params
         price = prices[site.name] if prices else price
-        values = values[list(plan.kept[site.name])].clamp(max=ceilings[site.parent])
-        total += float(values.sum()) * price
+        total += float((values.clamp(max=ceilings[site.parent]) * kept_units[site.name]).sum()) * price
     return total
 
 
