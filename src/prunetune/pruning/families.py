@@ -66,7 +66,7 @@ NO_ATTENTION = " without attention"  # ends the type of a hybrid's layer of anot
 NO_EXPERTS = "it is no mixture of experts"
 HEADS_FILL_HIDDEN = "its class makes heads that fill the hidden size"
 IN_WRAPPER = "what a multimodal model makes of images is written into them"
-OTHER_NORM = " subtracts a mean, or has no weight: only where all norms are RMSNorm is a mask equal to a cut"
+OTHER_NORM = " takes a mean of all channels out, or has no weight, and only RMSNorm can do without some of them"
 ATTENTION_PLAN = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
 
 # Architectures whose configuration says all that is needed.

@@ -188,6 +188,8 @@ def keep_norm_scale(model: Any, site: Site, kept: int) -> None:
     To be called before the cut to `kept` of the site's channels. The weights become float32. Norms after a block of
     Gemma, whose embedding shrinks by sqrt(k / d), put out as much less already.
     """
+    if kept == site.units:
+        return
     factor = (site.units / kept) ** 0.5
     shrinks = _scale_follows_size(model.get_input_embeddings(), site.units)
     for param in site.weights.params:

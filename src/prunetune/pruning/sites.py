@@ -30,7 +30,7 @@ def find_sites(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> tupl
     kinds = frozenset(KIND_BY_NAME[name] for name in units)
     for kind in kinds & set(architecture.unprunable):
         if kind.recipe_name not in DEFAULT_UNITS:
-            reason = architecture.unprunable[kind]
+            reason = f"{architecture.unprunable[kind]}; leave it out of budget.units"
             raise ConfigError(f"budget.units: {kind.recipe_name} cannot be pruned in this model: {reason}")
     sites: list[Site] = []
     seen_types: set[str] = set()

@@ -45,9 +45,8 @@ def select(
 
     With a `larger_plan` of the same constraints, only units that it keeps. Under `constraints.limits`, `keep` is a
     point between the dense model and these budgets (see `BudgetLimits`), and the plan meets all of them as they are at
-    that point. If hidden channels are units, there is a plan for every number of them, and the one that keeps the most
-    importance is taken. Raises `PlanError` with the smallest feasible keep if even the smallest legal plan is too
-    large.
+    that point. If hidden channels are units, the number of them is taken whose best plan keeps the most importance.
+    Raises `PlanError` with the smallest feasible keep if even the smallest legal plan is too large.
     """
     limits, hidden = constraints.limits, hidden_site(sites)
     cost_limits = limits.cost_limits_at(keep) if limits else ()
@@ -145,12 +144,12 @@ def _kept_importance(
     """
     total, ceilings = 0.0, {"": math.inf}
     lowest = min(0.0, *(float(values.min()) for values in scores.values()))
-    prices = constraints.limits.prices if constraints.limits else None
+    prices = (constraints.limits.prices if constraints.limits else None) or {}
     for site in sites:
         values = scores[site.name].detach().double().cpu() - lowest
         ceilings[site.name] = min(ceilings[site.parent], float(values.max()))
-        price = constraints.unit_price(site) if site.kind is UnitKind.HIDDEN_CHANNEL else site.unit_params
-        price = prices[site.name] if prices else price
+        crosses_all = site.kind is UnitKind.HIDDEN_CHANNEL
+        price = constraints.unit_price(site) if crosses_all else prices.get(site.name, site.unit_params)
         total += float((values.clamp(max=ceilings[site.parent]) * kept_units[site.name]).sum()) * price
     return total
 

@@ -21,7 +21,7 @@ WARMUP = 20  # updates, because momentum starts at zero
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices, each of which has a gradient at every update; a vector counts as one of a single row."""
+    """Muon for matrices; a vector counts as one of a single row, and a norm before a removed block has no gradient."""
 
     def __init__(self, weights: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(list(weights), {"lr": lr})
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self, inputs: Sequence[Tensor]) -> None:
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
-        for weight in self._weights:
+        for weight in (weight for weight in self._weights if weight.grad is not None):
             shapes.setdefault((weight.numel() // weight.shape[-1], weight.shape[-1]), []).append(weight)
         for (rows, columns), weights in shapes.items():
             gradients = [weight.grad.view(rows, columns) for weight in weights if weight.grad is not None]

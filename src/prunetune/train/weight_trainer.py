@@ -95,8 +95,7 @@ class WeightTrainer:
     def apply_cut(self, plan: Plan, steps: int) -> None:
         """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
         relative = plan if self.plan is None else plan_within(plan, self.plan)
-        hidden = hidden_site(self.sites)
-        if hidden and len(relative.kept[hidden.name]) < hidden.units:
+        if hidden := hidden_site(self.sites):
             keep_norm_scale(self.job.model, hidden, len(relative.kept[hidden.name]))
         self.cut_layers(relative, self.sites, self.plan)
         self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
@@ -104,9 +103,6 @@ class WeightTrainer:
         if self.job.config.train.weights == "all" and not self.is_merged:
             merge_adapters(self.job.model, trainable=True)
             self.is_merged = True
-        if hidden:  # norms are tuned, also those before blocks that are gone, which never get a gradient
-            for weight in trainable_parameters(self.job.model).values():
-                weight.grad = torch.zeros_like(weight)
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Load weights and moments of a checkpoint; if they are of a cut model, `apply_cut` has run before."""
