@@ -74,7 +74,9 @@ SINGLE += [
     (family, kind, "uniform")
     for family in ("qwen3", "phi3", "gpt2", "bloom", "mixtral", "gpt_oss")
     for kind in uniform_kinds(family)
+    if kind != "hidden-channels"
 ]
+SINGLE += [(family, "hidden-channels", "uniform") for family in ALL_FAMILIES if "hidden-channels" in kinds_of(family)]
 
 
 @pytest.mark.parametrize(("family", "kind", "layout"), SINGLE)

@@ -15,7 +15,7 @@ from prunetune.data.sources import hub_dataset
 from prunetune.manifest import Manifest
 from prunetune.model.provenance import LicenseInfo, PruningRun, hub_model, public_model_name
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, UnitKind, kept_params, prunable_params
+from prunetune.pruning.units import Site, UnitKind, kept_params, prunable_params, removed_params
 from prunetune.utils.untrusted import markdown_code, markdown_text
 
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
@@ -84,11 +84,17 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
             f"{dense.kept_tokens:,} of {dense.tokens:,} tokens remain. The dense model was scored with these tokens, "
             "too; its sizes are with all.\n"
         )
+    remain = f"{100 * kept_params(sites, plan) / prunable_params(sites):.1f}% of the {blocks} parameters"
+    if whole := dense.params:
+        left = (dense.reduced_params or whole) - removed_params(sites, plan)
+        remain = f"{100 * left / whole:.1f}% of all parameters remain, and {remain}"
+    else:
+        remain += " remain"
     within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {before} of {config.train.steps})"
     sections.append(
         f"Made by prunetune from {_named(config.model)}: tuned and pruned in one run{within if cuts else ''}.\n"
-        f"{100 * kept_params(sites, plan) / prunable_params(sites):.1f}% of the {blocks} parameters remain (layout "
-        f"{config.layout}).\n{vocabulary}`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
+        f"{remain} (layout {config.layout}).\n{vocabulary}"
+        "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
     )
     usage = _usage_section([config.layout, *(run.layout for run in history)][-1])
     if any(f".{part}." in sites[0].name for part in ("language_model", "text_model")):  # inside a multimodal model
