@@ -44,7 +44,7 @@ def smaller(plan: Plan, sites: Any) -> Plan:
             parent = site.parent and unit // (site.units // plan.units[site.parent]) not in kept[site.parent]
             if not parent:
                 of_group.setdefault(unit // site.units_per_group, []).append(unit)
-        align = 8 if site.kind == "expert-channels" else 1
+        align = 8 if site.kind in ("expert-channels", "hidden-channels") else 1
         least = max(align, site.min_units_per_group)
         kept[site.name] = tuple(
             unit for units in of_group.values() for unit in units[: max(least, len(units) * 3 // 4 // align * align)]
