@@ -138,10 +138,7 @@ def _best_widths(
 def _kept_importance(
     scores: Scores, sites: Sequence[Site], kept_units: Mapping[str, Tensor], constraints: PlanConstraints
 ) -> float:
-    """The sum over kept units of score times price, no unit above those around it; `sites` are those scored.
-
-    Scores count from the lowest, if that is negative.
-    """
+    """The sum over kept units of score (above the lowest negative one) times price, none above the unit around it."""
     total, ceilings = 0.0, {"": math.inf}
     lowest = min(0.0, *(float(values.min()) for values in scores.values()))
     prices = (constraints.limits.prices if constraints.limits else None) or {}
