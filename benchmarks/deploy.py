@@ -190,15 +190,18 @@ RUNTIMES: Mapping[str, Callable[[Case], Iterator[Row]]] = {
 }
 
 
-def elsewhere(case: Case, name: str, body: str) -> tuple[str, list[int]]:
-    """The release of a runtime in a Python of its own, and the next token after every beginning."""
+def elsewhere(case: Case, name: str, body: str, folder: Path | None = None) -> tuple[str, list[int]]:
+    """The release of a runtime in a Python of its own, and the next token after every beginning.
+
+    `folder`: the model, if it is not the case's own.
+    """
     python = case.pythons.get(name)
     if python is None:
         raise Skipped(f"no Python named for it (--python {name}=...)")
     wanted, found = case.work / "wanted.json", case.work / "found.json"
     wanted.write_text(json.dumps(case.beginnings))
     script = NEXT.format(body=body)
-    command = [python, "-c", script, str(case.source.folder.absolute()), str(wanted), str(found)]
+    command = [python, "-c", script, str((folder or case.source.folder).absolute()), str(wanted), str(found)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not found.is_file():
         raise Skipped(f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")

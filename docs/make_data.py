@@ -74,7 +74,7 @@ counted.
 |---|---|---|
 | JSON lines, JSON | `.jsonl`, `.ndjson`, `.json` | one object a line, or a list of objects (or `{"data": [...]}`) |
 | CSV | `.csv`, `.tsv` | the first line names the columns and tells what separates them: comma, semicolon, bar or tab |
-| Excel | `.xlsx` | as CSV; one sheet holds the rows; `pip install 'prunetune[excel]'` |
+| Excel | `.xlsx` | as CSV; one sheet holds the rows; `pip install openpyxl` |
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
 
 Text formats may be compressed: `.gz`, `.zst`, `.bz2`, as in `rows.jsonl.gz`. They are UTF-8 or, with a byte order

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from prunetune.evaluation.suites.suite import Suite
     from prunetune.export.formats import export_run
     from prunetune.pipeline.prepare import Console
+    from prunetune.pipeline.push import push_run
+    from prunetune.pipeline.result import RunResult
     from prunetune.pruning.cut import cut
     from prunetune.pruning.masking import masked
     from prunetune.pruning.sites import find_sites
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Plan",
     "RunConfig",
+    "RunResult",
     "check",
     "cut",
     "evaluate",
@@ -37,18 +40,21 @@ __all__ = [
     "load_suite",
     "masked",
     "measure_models",
+    "push_run",
     "run",
     "write_report",
 ]
 
 # `import prunetune` must not import torch: functions import it when called, the names here when first used.
 _LAZY_NAMES = {
+    "RunResult": "prunetune.pipeline.result",
     "cut": "prunetune.pruning.cut",
     "evaluate_suite": "prunetune.evaluation.suites.run",
     "export_run": "prunetune.export.formats",
     "find_sites": "prunetune.pruning.sites",
     "masked": "prunetune.pruning.masking",
     "measure_models": "prunetune.bench.measure_models",
+    "push_run": "prunetune.pipeline.push",
     "write_report": "prunetune.report",
 }
 
@@ -59,16 +65,19 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY_NAMES[name]), name)
 
 
-def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
-    """Tune, prune, cut, check, evaluate and report, one size or several; returns the run folder.
+def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> RunResult:
+    """Tune, prune, cut, check, evaluate and report, one size or several; returns the run folder, with what it holds.
 
     With `resume`, continue the run in `config.out`, or start it if there is none. `console` shows progress (default: a
-    terminal's), `command` is recorded as what started the run. Raises a `PrunetuneError` for what the user can fix,
-    before anything is written where possible, and `LimitBroken` if the result is outside a limit.
+    terminal's or a notebook's), `command` is recorded as what started the run. Raises a `PrunetuneError` for what the
+    user can fix, before anything is written where possible, and `LimitBroken` if the result is outside a limit.
     """
+    from prunetune.pipeline.result import RunResult
     from prunetune.pipeline.run import run as run_pipeline
+    from prunetune.utils.notebook import NotebookConsole, is_notebook
 
-    return run_pipeline(config, resume=resume, console=console, command=command)
+    console = console or (NotebookConsole() if is_notebook() else None)
+    return RunResult(run_pipeline(config, resume=resume, console=console, command=command))
 
 
 def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None = None) -> Suite:

@@ -416,3 +416,27 @@ def test_obs_scores_the_loss_that_other_columns_cannot_make_up_for() -> None:
     assert float(scores[site.name][first]) == pytest.approx(error([first]) / site.unit_params, rel=1e-4)
     rest = max(error([first, other]) - error([first]), error([first]))
     assert float(scores[site.name][other]) == pytest.approx(rest / site.unit_params, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_hidden_channels_are_scored_or_refused_by_name(name: str) -> None:
+    """Methods that read a unit's own output linear, or whole layers, cannot score channels of all layers."""
+    given = calibration(tiny("qwen3", tie_word_embeddings=True))
+    sites = find_sites(given.model, ("hidden-channels", "kv-groups", "mlp-channels"))
+    passes = build_passes(given.model, sites, 0, given.config)
+
+    def gate_gradients(step: int, gates: Any) -> Any:
+        with torch.enable_grad():
+            return passes.gate_gradients(examples()[:2], gates)[1]
+
+    given = replace(given, sites=sites, gate_gradients=gate_gradients)
+    if name in ("wanda-sp", "flap", "obs", "block-influence"):
+        with pytest.raises(ConfigError, match="hidden-channels"):
+            scores_of(name, given)
+        return
+    scores = scores_of(name, given)
+    assert scores["model:hidden-channels"].shape == (48,)
+    assert all(score.isfinite().all() for score in scores.values())
+    plan = given.select(scores)
+    with masked(given.model, plan, sites=sites):
+        assert given.model(tokens()).logits.isfinite().all()

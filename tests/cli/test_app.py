@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 
 import prunetune.cli.app
 import prunetune.pipeline.run
+from prunetune.cli.flags import ESSENTIAL_OPTIONS
 from prunetune.errors import LimitBroken
 from prunetune.utils import console
 from support.data import pairs, write_lines
@@ -389,6 +391,39 @@ def test_sites_prints_the_smallest_feasible_keep(
     assert "mlp" in out
 
 
+def test_sites_as_json_are_what_the_table_says(say: Said, dense: Path) -> None:
+    code, out, err = say("sites", str(dense), "--json")
+    assert (code, err) == (0, "")
+    described = json.loads(out)
+    assert described["prunable_params"] == sum(site["units"] * site["unit_params"] for site in described["sites"])
+    assert f"{described['min_keep']:.3f}" in say("sites", str(dense))[1].splitlines()[-1]
+
+
+def test_help_of_run_begins_with_the_essential_options(say: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = say("run", "--help")
+    groups = re.findall(r"^╭─ (.+?) ─*╮$", out, re.MULTILINE)
+    assert groups[:6] == ["Arguments", "Parameters", "Essential options", "Further options", "data", "data.columns"]
+    essential = out.partition("Essential options")[2].partition("╰")[0]
+    flags = re.findall(r"^│ --([\w.-]+)", essential, re.MULTILINE)
+    assert tuple(flag.replace("-", "_") for flag in flags) == ESSENTIAL_OPTIONS
+    assert max(map(len, out.splitlines())) == 80
+
+
+def test_completion_script_completes_commands_options_and_choices(say: Said, tmp_path: Path) -> None:
+    (tmp_path / "completion").write_text(say("completion", "bash")[1])
+    ask = """source "$0"; COMP_WORDS=(prunetune "$@"); COMP_CWORD=$#; _prunetune; echo "${COMPREPLY[@]}" """
+    for words, answer in (
+        (["ru"], "run runs"),
+        (["export", "x", "--to", "o"], "onnx"),
+        (["run", "--lora.r"], "--lora.rank"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", ask, str(tmp_path / "completion"), *words], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == answer, done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("run", "--help"), ("compare", "--help"), ("sites", "--help"), ("--version",)]
 )
@@ -429,14 +464,18 @@ def app(*_, **__):
     logging.getLogger("onnxscript.rewriter").warning("what a library warns of")
     logging.getLogger("prunetune.utils.console").info("step 1")
 prunetune.cli.app.app = app
-sys.argv = ["prunetune", "export", "runs/a"]
+sys.argv = ["prunetune", "export", "runs/a", *sys.argv[1:]]
 prunetune.cli.app.main()
 """
 
 
 def test_log_holds_own_info_and_warnings_of_libraries() -> None:
     ended = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "what a library warns of\nstep 1\n")
+    lines = [line.partition(" ") for line in ended.stderr.splitlines()]
+    assert (ended.returncode, [text for _, _, text in lines]) == (0, ["what a library warns of", "step 1"])
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time, _, _ in lines), "a log has times"
+    quiet = subprocess.run([sys.executable, "-c", LOGGING, "-q"], capture_output=True, text=True, check=False)
+    assert quiet.stderr.count("\n") == 1, "what a library warns of"
 
 
 def test_plain_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_export_prints_what_it_wrote_and_where(say: Said, run: Path, tmp_path: P
     assert lines[1].startswith("checked in gguf")
     assert "llama.cpp" in lines[2]
     assert lines[-1] == str(tmp_path / "a.gguf")
+
+
+def test_export_as_json_has_path_size_and_checks(say: Said, run: Path, tmp_path: Path) -> None:
+    code, out, _ = say(run, "--out", tmp_path / "again", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["path"] == str(tmp_path / "again")
+    assert result["bytes"] > 0
+    assert all(check["ran"] for check in result["checks"])
 
 
 @pytest.mark.parametrize(
@@ -91,5 +101,5 @@ def test_partial_folder_of_a_killed_export_is_removed(say: Said, run: Path, tmp_
     """A killed export leaves such a folder."""
     (tmp_path / "x.gguf.partial").write_text("half")
     assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.Modelfile", "x.gguf"]
     assert set(formats.EXPORT_FORMATS) >= {"gguf", "uniform", "per-layer"}

@@ -107,13 +107,15 @@ def test_servers_steer_no_terminal(tmp_path: Path, say: Said) -> None:
 
 
 def test_live_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    live, terminal = LiveConsole(), io.StringIO()
-    live.progress.live.console = Console(file=terminal, width=400)
-    live.stage("evaluate", 2)
+    live, terminal = LiveConsole(), Console(file=io.StringIO(), width=400)
+    live.progress.live.console = Console(file=io.StringIO())
+    live.stage(NAME, 2)
     live.evaluation_progress(NAME, 1, 2)
+    terminal.print(*live.progress.get_renderables())
     live.close()
-    assert "[red]" in terminal.getvalue()
-    assert not steering(terminal.getvalue())
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("[red]") == 2
+    assert not steering(shown)
 
 
 PROCESS = """

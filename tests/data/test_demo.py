@@ -89,5 +89,5 @@ def test_demo_alone_has_all_four_splits() -> None:
 
 def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[demo\]'"):
+    with pytest.raises(MissingPackage, match="pip install simple-icd-10-cm"):
         demo.tabular_list()

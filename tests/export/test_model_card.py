@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from prunetune.config.recipe import from_mapping
+from prunetune.config.fields import fields_by_path
+from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
 from prunetune.export.model_card import Provenance, ScoreRow, format_export_card, format_model_card
 from prunetune.manifest import Manifest
 from prunetune.model import provenance
-from prunetune.model.provenance import LicenseInfo, read_license
+from prunetune.model.provenance import LicenseInfo, PruningRun, read_license
 from prunetune.pipeline.finish import card_scores, render_card, rewrite_card
 from prunetune.pruning.sites import find_sites
 from prunetune.runs.folder import RunFolder
@@ -31,6 +33,12 @@ MANIFEST: dict[str, Any] = {
     "model": {"params": 2_000_000, "decoder_params": 1_000_000, "bytes": 8_000_000},
     "pruned": {"params": 1_500_000, "decoder_params": 500_000, "bytes": 3_000_000, "dtype": "bfloat16"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_model_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = {"owner/name": Path("config.json"), "owner/name@main": Path("config.json")}
+    monkeypatch.setattr(provenance, "cached_hub_file", lambda name, file: cached.get(name) if "json" in file else None)
 
 
 def card_of(**values: Any) -> str:
@@ -59,6 +67,45 @@ def test_card_names_base_licence_recipe_and_data() -> None:
     assert "| weights on disk, bfloat16 | 8.0 MB | 3.0 MB |" in card
     assert "llama3.2, https://licence, as its model card says" in card
     assert "secret" not in card
+
+
+def test_card_holds_no_path_and_no_name_of_a_column() -> None:
+    """Of a text that a user may choose freely, only limits, budgets and hub names are published."""
+    texts = {path: "hush" for path, item in fields_by_path(RunConfig).items() if item.type in (str, "str")}
+    texts |= {
+        path: ("hush/a.jsonl",)
+        for path, item in fields_by_path(RunConfig).items()
+        if item.type in (tuple[str, ...], "tuple[str, ...]")
+    }
+    config = RunConfig()
+    public = {"limits", "report_to", "budget.quality_of", "budget.quality_limits", "budget.protect"}
+    public |= {f"budget.{kind}" for kind in ("flops", "memory", "file", "latency", "throughput", "vocab")}
+    for path in texts.keys() - public:
+        section, _, name = path.rpartition(".")
+        owner = operator.attrgetter(section)(config) if section else config
+        object.__setattr__(owner, name, texts[path])
+    object.__setattr__(config.data, "train", ("hush/a.jsonl", "owner/rows:small@train*2"))
+    history = [PruningRun("models/hush", "uniform", 0.5, 10, 3), PruningRun("hush/model", "uniform", 0.5, 10, 3)]
+    card = format_model_card(
+        Provenance(config, Manifest.from_dict(MANIFEST), history=history), random_plan(MODEL), find_sites(MODEL)
+    )
+    assert "hush" not in card
+    assert "`data.train: ['owner/rows:small@train*2']`" in card
+    assert "# A local model, tuned and pruned" in card
+    assert "1. a local model: 50.0%" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("owner/name", "owner/name"), ("owner/name@main", "owner/name"), ("models/llama", "")]
+)
+def test_base_model_is_a_hub_name_only(name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_mapping({"model": name})
+    provenance = Provenance(config, Manifest.empty())
+    card = format_model_card(provenance, random_plan(MODEL), find_sites(MODEL))
+    assert front_matter(card).get("base_model", "") == base
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)  # a folder of that name is what is opened
+    assert "base_model" not in front_matter(format_model_card(provenance, random_plan(MODEL), find_sites(MODEL)))
 
 
 def test_card_names_cuts_and_a_chosen_learning_rate() -> None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 
 from prunetune import Plan, export_run
+from prunetune.bench.measure_models import measure_in_process
+from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError, MissingPackage, ModelError, SelfCheckFailed
+from prunetune.evaluation.suites.open_model import open_backend
+from prunetune.evaluation.suites.options import EvalOptions
+from prunetune.evaluation.suites.run import evaluate_suite
 from prunetune.export import onnx
 from prunetune.export.result import ExportOptions, ExportResult
+from prunetune.model.loading import load_meta_model, load_model_and_tokenizer
 from prunetune.utils import optional
 from support.data import subwords
 from support.export import WIDE, run_folder
 from support.models import random_plan, relative, tiny
+from support.suites import ALL, suite_in
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in onnx.PACKAGES), reason="pip install 'prunetune[onnx]'"
@@ -95,7 +103,7 @@ def test_onnx_refuses_other_dtypes_and_missing_packages(tmp_path: Path, monkeypa
     with pytest.raises(ConfigError, match="onnx takes no dtype 'q8_0'; use one of f32"):
         export_run(run, "onnx", options=ExportOptions(dtype="q8_0"))
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[onnx\]'"):
+    with pytest.raises(MissingPackage, match="pip install 'onnx>="):
         export_run(run, "onnx")
     assert not any((run / "exports").iterdir())
 
@@ -109,3 +117,57 @@ def test_untraceable_architecture_is_refused_in_one_line(monkeypatch: pytest.Mon
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be traced for ONNX \(line one\)") as refusal:
         onnx._trace(tiny("llama"), 97)
     assert "\n" not in str(refusal.value)
+
+
+# -- as a model of eval, check and bench -----------------------------------------------------------------------------
+
+
+@needs_onnx
+def test_graph_has_the_scores_and_answers_of_the_folder_it_was_exported_from(
+    case: tuple[ExportResult, Any], tmp_path: Path
+) -> None:
+    suite = suite_in(tmp_path, ALL)
+    folder = case[0].path.parents[1] / "model"
+    options = EvalOptions(device="cpu", dtype="float32", cache=False)
+    graph, stored = (
+        evaluate_suite(open_backend(str(name), options), suite, progress=lambda *_: None)  # type: ignore[arg-type]
+        for name in (case[0].path, folder)
+    )
+    for task, result in stored.tasks.items():
+        ours = graph.tasks[task]
+        assert not result.error
+        assert not ours.error
+        for metric, score in result.scores.items():
+            assert ours.scores[metric].value == pytest.approx(score.value, rel=1e-4, abs=1e-6), (task, metric)
+        assert [item.got for item in ours.items] == [item.got for item in result.items]
+
+
+@needs_onnx
+def test_bench_times_a_graph_in_onnxruntime(case: tuple[ExportResult, Any]) -> None:
+    options = BenchOptions(prompt=4, generate=3, batch="2", runs=1, device="cpu", dense=False)
+    result = measure_in_process([str(case[0].path)], options).to_dict()
+    (model,) = result["models"]
+    facts = model["facts"]
+    assert facts["runtime"].startswith("onnxruntime")
+    assert facts["dtype"] == "float32"
+    assert facts["parameters"] == pytest.approx(case[0].params, rel=0.1)
+    assert facts["file_bytes"] == case[0].bytes
+
+
+@needs_onnx
+def test_decode_steps_of_a_graph_run_all_tokens_so_far(case: tuple[ExportResult, Any]) -> None:
+    model = load_model_and_tokenizer(str(case[0].path), device=torch.device("cpu"), dtype=torch.bfloat16).model
+    ids, cache = onnx.padded_batch(2, 9, 320)[0], DynamicCache()
+    model(ids[:, :5], past_key_values=cache)
+    steps = torch.cat([model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(5, 9)], dim=1)
+    assert relative(steps, model(ids).logits[:, 5:]) <= 1e-5
+
+
+@needs_onnx
+def test_broken_graph_and_pruning_of_a_graph_are_refused(case: tuple[ExportResult, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a graph cannot be pruned or tuned"):
+        load_meta_model(str(case[0].path))
+    broken = shutil.copytree(case[0].path, tmp_path / "broken", ignore=shutil.ignore_patterns("SHA256SUMS"))
+    (broken / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ModelError, match=r"model.onnx cannot be opened: .*; export it again"):
+        load_model_and_tokenizer(str(broken), device=torch.device("cpu"), dtype=torch.float32)

@@ -108,7 +108,7 @@ def test_quantize_refuses_unfit_models_and_missing_packages_before_loading(
     run = run_with(tmp_path / "run", 128)
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
     for kind in SCHEMES:
-        with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[quant\]'"):
+        with pytest.raises(MissingPackage, match="pip install 'bitsandbytes>="):
             export_run(run, options=ExportOptions(quantize=kind))
     assert not list((run / "exports").iterdir())
 

@@ -14,6 +14,7 @@ from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError
 from prunetune.export.checkpoint import kv_groups_validator, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
+from prunetune.pruning.units import dense_plan
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from support.data import subwords
@@ -74,7 +75,9 @@ SINGLE += [
     (family, kind, "uniform")
     for family in ("qwen3", "phi3", "gpt2", "bloom", "mixtral", "gpt_oss")
     for kind in uniform_kinds(family)
+    if kind != "hidden-channels"
 ]
+SINGLE += [(family, "hidden-channels", "uniform") for family in ALL_FAMILIES if "hidden-channels" in kinds_of(family)]
 
 
 @pytest.mark.parametrize(("family", "kind", "layout"), SINGLE)
@@ -133,3 +136,13 @@ def test_per_layer_layout_holds_mlps_beside_mixtures(tmp_path: Path) -> None:
     units = ("kv-groups", "mlp-blocks", "experts")
     model = tiny("qwen3_moe", layers=4, mlp_only_layers=[1])
     check_reopened(model, random_plan(model, units=units), "per-layer", tmp_path / "model", units)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_llama_whose_heads_do_not_divide_the_narrow_stream_is_written(layout: str, tmp_path: Path) -> None:
+    """Nine heads, as SmolLM2 has, and 40 of 72 channels: Llama's class refuses them, those that are written do not."""
+    units, model = ("hidden-channels", "mlp-channels"), tiny("llama", groups=3, ratio=3, hidden_size=72)
+    dense = dense_plan(find_sites(model, units))
+    plan = Plan({**dense.kept, "model:hidden-channels": tuple(range(3, 43))}, dense.units)
+    reopened = check_reopened(model, plan, layout, tmp_path / "model", units)
+    assert (reopened.config.hidden_size, reopened.config.num_attention_heads) == (40, 9)

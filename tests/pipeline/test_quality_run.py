@@ -11,7 +11,7 @@ import pytest
 from prunetune.cli.output import render_run
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.errors import LimitBroken
+from prunetune.errors import ConfigError, LimitBroken
 from prunetune.evaluation.results import Evaluation
 from prunetune.pipeline import monitor
 from prunetune.pipeline.run import run
@@ -95,3 +95,12 @@ def test_run_within_absolute_limits_reports_them(workspace: Path, tmp_path: Path
     folder = run(config_of(workspace, tmp_path / "run", budget={"keep": 0.8, "quality": {"choice.nll": 99}}))
     (limit,) = json.loads((folder / "manifest.json").read_text())["gates"]["limits"]
     assert (limit["gate"], limit["held"]) == ("quality.choice.nll <= 99 -> roll-back", True)
+
+
+@pytest.mark.parametrize("quality", [{"quality": 0.9, "quality_of": ["chioce"]}, {"quality": {"chioce.nll": 1.3}}])
+def test_limit_of_a_task_that_valid_lacks_is_refused_before_anything_is_tuned(
+    quality: dict[str, Any], workspace: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"a limit of 'chioce(\.nll)?', and valid has the tasks choice: name TASK"):
+        run(config_of(workspace, tmp_path / "run", budget=quality))
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from prunetune import Plan, masked
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.remaining_sites import in_dense_numbering, plan_within, remaining_sites
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Site, dense_plan, kept_params
+from prunetune.pruning.units import Site, UnitKind, dense_plan, kept_params
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from prunetune.train.adapters import cut_tensors, trainable_parameters
@@ -86,8 +86,9 @@ def test_remaining_sites_count_what_the_plan_keeps(family: str) -> None:
     left, inner = remaining_sites(sites, first), plan_within(second, first)
     assert sum(site.params for site in left) == kept_params(sites, first)
     assert kept_params(left, inner) == kept_params(sites, second)
-    roots = [site for site in left if not site.parent]
-    assert sum(site.units * site.total_unit_params for site in roots) == kept_params(sites, first)
+    roots = [site for site in left if not site.parent and site.kind is not UnitKind.HIDDEN_CHANNEL]
+    hidden = [site.units * site.unit_params for site in left if site.kind is UnitKind.HIDDEN_CHANNEL]
+    assert sum(hidden) + sum(site.units * site.total_unit_params for site in roots) == kept_params(sites, first)
     assert plan_within(first, first) == dense_plan(left)
     values = {site.name: torch.arange(1.0, site.units + 1) for site in left}
     dense = in_dense_numbering(values, sites, first)

@@ -13,7 +13,7 @@ from prunetune.errors import ConfigError, ModelError, PlanError
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import sites_from_plan, unprunable_kinds
-from prunetune.pruning.units import KIND_BY_NAME, UnitKind, dense_plan, kept_params
+from prunetune.pruning.units import KIND_BY_NAME, UnitKind, dense_plan, removed_params
 from prunetune.train.adapters import add_adapters, cut_tensors, expand_tensors, trainable_parameters
 from support.models import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 
@@ -46,7 +46,7 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
     assert relative(logits_of(small), expected) <= TOLERANCE
     assert relative(dense, expected) > 0.01, "the plan must matter"
     left = sum(parameter.numel() for parameter in small.parameters())
-    assert before - left == kept_params(sites, dense_plan(sites)) - kept_params(sites, plan)
+    assert before - left == removed_params(sites, plan)
     assert Plan.from_json(plan.to_json()) == plan
 
 

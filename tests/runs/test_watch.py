@@ -65,10 +65,11 @@ def test_running_run_shows_steps_time_left_and_broken_limits(tmp_path: Path) -> 
     validation = (folder / "validation.jsonl").read_text().splitlines()[:3]
     (folder / "validation.jsonl").write_text("\n".join(validation))
     said = shown(folder)
-    assert "300 of 700, about 5 min 20 s of tuning left" in said
+    assert "300 of 700, about 5 min 20 s left" in said
     assert "search" in said
     assert "limits broken: guard.perplexity" in said
-    assert "guard.accuracy" in said
+    assert "guard guard" in said
+    assert "perplexity accuracy" in said
 
 
 def test_run_before_its_first_step_is_shown(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import KIND_BY_NAME, Site, dense_plan, kept_indices
+from prunetune.pruning.units import KIND_BY_NAME, Site, dense_plan, kept_indices, without_removed_modules
 from prunetune.search.nested_sites import NestedSites
 from support.models import ALL_FAMILIES, kinds_of, random_plan, tiny
 
@@ -46,7 +46,7 @@ def kept_indices_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str
     """`kept_indices` by lists: all rows or columns but those of pruned units."""
     pruned: dict[tuple[str, int], set[int]] = {}
     totals: dict[tuple[str, int], int] = {}
-    for site in sites:
+    for site in without_removed_modules(sites, plan):
         kept = plan.kept[site.name]
         if 0 < len(kept) < site.units:
             for cut, axis in site.linear_slices():

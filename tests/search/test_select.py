@@ -282,7 +282,9 @@ class TiledCost:
     """MLP channels, and 20 more in a layer whose number does not fill tiles of 16."""
 
     dense_shape: ModelShape
-    fixed_cost: float = 0.0
+
+    def fixed_cost(self, counts: Mapping[str, int]) -> float:
+        return 0.0
 
     def layer_cost(self, layer: int, counts: Mapping[str, int]) -> float:
         mlp = next(site for site in self.dense_shape.layers[layer].sites if site.kind is UnitKind.MLP_CHANNEL)

@@ -125,7 +125,7 @@ def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collecti
         count = max(site.min_units_per_group, int((torch.rand(site.units_per_group, generator=rng) < keep).sum()))
         if not any(len(kept[name]) < sites[name].units for name in kept):
             count = max(site.min_units_per_group, min(count, site.units_per_group - 1))
-        if site.kind is UnitKind.EXPERT_CHANNEL:  # grouped kernels want rows of 16 bytes
+        if site.kind in (UnitKind.EXPERT_CHANNEL, UnitKind.HIDDEN_CHANNEL):  # grouped kernels want rows of 16 bytes
             count = max(8, count - count % 8)
         order = torch.rand(site.parent_groups, site.units_per_group, generator=rng).argsort(1)[:, :count].tolist()
         kept[site.name] = tuple(

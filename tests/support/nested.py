@@ -19,7 +19,9 @@ UNIFORM_UNITS = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts"
 
 @cache
 def sites_of(family: str, uniform: bool) -> tuple[Site, ...]:
-    units = [kind for kind in kinds_of(family) if not uniform or kind in UNIFORM_UNITS]
+    """Of all kinds but hidden channels, whose number is chosen around all other decisions."""
+    kinds = [kind for kind in kinds_of(family) if kind != "hidden-channels"]
+    units = [kind for kind in kinds if not uniform or kind in UNIFORM_UNITS]
     return find_sites(tiny(family, layers=5, groups=3, ratio=3, hidden_size=72), units)
 
 

@@ -18,7 +18,6 @@ from prunetune.cost.layer_shapes import model_shape
 from prunetune.errors import RunFolderError
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan, masked
-from prunetune.pruning.remaining_sites import plan_within
 from prunetune.pruning.units import DEFAULT_UNITS, dense_plan, kept_params, prunable_params
 from prunetune.search.select import select, with_limits
 from prunetune.train import loop
@@ -30,11 +29,12 @@ from prunetune.train.losses import mean_loss
 from prunetune.train.schedule import build_schedule
 from prunetune.train.weight_trainer import WeightTrainer
 from support.loop import KEEP, MemoryStore, config_of, identical, job_of, losses, weights_of
-from support.models import tiny
+from support.models import random_plan, tiny
 
 BLOCKS = ("attention-blocks", "mlp-blocks", "kv-groups", "mlp-channels")
 QUERIES = ("kv-groups", "query-heads", "mlp-channels")
 EXPERTS = ("kv-groups", "experts", "expert-channels")
+HIDDEN = ("hidden-channels", "kv-groups", "mlp-channels")
 CASES: list[tuple[str, tuple[str, ...], str, str]] = [
     ("llama", DEFAULT_UNITS, "per-layer", "all"),
     ("llama", DEFAULT_UNITS, "per-layer", "adapters"),
@@ -47,6 +47,10 @@ CASES: list[tuple[str, tuple[str, ...], str, str]] = [
     ("llama", QUERIES, "uniform", "adapters"),
     ("qwen3_moe", EXPERTS, "per-layer", "all"),
     ("mixtral", EXPERTS, "uniform", "adapters"),
+    ("llama", HIDDEN, "uniform", "all"),
+    ("gemma2", ("hidden-channels", *BLOCKS), "per-layer", "all"),
+    ("gemma3_text", HIDDEN, "per-layer", "adapters"),
+    ("qwen2_moe", ("hidden-channels", *EXPERTS), "per-layer", "all"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join((case[0], case[1][0], *case[2:])))
 CHANGES: dict[str, Any] = {"train": {"steps": 8, "weights_rate": 1e-2}, "search": {"cuts": 3, "span": 0.75}}
@@ -77,7 +81,7 @@ class ObservedRun:
 def observed(job: TrainingJob) -> ObservedRun:
     """Run the job, and look at the model around every cut."""
     cuts: list[ObservedCut] = []
-    cut = WeightTrainer.cut
+    cut, expected = WeightTrainer.cut, list[float]()
 
     def loss() -> float:
         return mean_loss(job.model, job.valid_examples, job.pad_id, 10_000)
@@ -87,12 +91,17 @@ def observed(job: TrainingJob) -> ObservedRun:
         return {name: tensor.clone() for name, tensor in named.items()}
 
     def cut_observed(trainer: WeightTrainer, plan: Plan, steps: int) -> None:
-        next_plan = plan if trainer.plan is None else plan_within(plan, trainer.plan)
-        with masked(job.model, gates_from_plan(next_plan, trainer.sites), sites=trainer.sites):
-            expected = loss()
+        cut_layers = trainer.cut_layers
+
+        def cut_layers_observed(relative: Plan, sites: Any, before: Plan | None) -> None:
+            with masked(job.model, gates_from_plan(relative, sites), sites=sites):
+                expected.append(loss())
+            cut_layers(relative, sites, before)
+
         before, step = moments(trainer), len(job.observer.steps)  # type: ignore[attr-defined]
-        cut(trainer, plan, steps)
-        cuts.append(ObservedCut(step, plan, expected, loss(), (before, moments(trainer))))
+        with mock.patch.object(trainer, "cut_layers", cut_layers_observed):
+            cut(trainer, plan, steps)
+        cuts.append(ObservedCut(step, plan, expected[-1], loss(), (before, moments(trainer))))
 
     store = MemoryStore()
     with mock.patch.object(WeightTrainer, "cut", cut_observed):
@@ -104,7 +113,11 @@ def job_of_case(case: tuple[str, tuple[str, ...], str, str], **changes: Any) -> 
     family, units, layout, weights = case
     train = {**CHANGES["train"], "weights": weights}
     config = config_of({**CHANGES, "train": train, "layout": layout, **changes})
-    return job_of(config, model=tiny(family, groups=3, layers=4), units=units)
+    job = job_of(config, model=tiny(family, groups=3, layers=4), units=units)
+    if "hidden-channels" not in units:
+        return job
+    # A random model's channels are not worth removing, so others may lose no more than a third.
+    return replace(job, constraints=replace(job.constraints, min_share=0.6))
 
 
 @cache
@@ -132,6 +145,8 @@ def test_plans_nest_and_each_is_within_its_budget(case: Any) -> None:
         assert kept_params(run.job.sites, cut.plan) <= keep * total * (1 + 1e-9)
         larger = cut.plan
     assert run.plan == larger
+    if case[1] == HIDDEN:
+        assert len(run.plan.kept["model:hidden-channels"]) < 48
     assert kept_params(run.job.sites, run.plan) < total
     if run.job.constraints.layout == "uniform":
         widths = {(site.kind, len(run.plan.kept[site.name])) for site in run.job.sites if run.plan.kept[site.name]}
@@ -174,7 +189,8 @@ def test_moments_of_what_is_kept_are_carried_over_every_cut(case: Any) -> None:
                 kept = rows_of(kept, moment, dim)
             assert torch.equal(kept, moment), name
     named = trainable_parameters(run.job.model)
-    assert {name.partition("#")[0] for name in run.cuts[-1].moments[1]} == set(named)
+    without = set(named) - {name.partition("#")[0] for name in run.cuts[-1].moments[1]}
+    assert all("norm" in name for name in without), "norms are tuned from the first cut of hidden channels on"
 
 
 def rows_of(larger: Tensor, smaller: Tensor, dim: int) -> Tensor:
@@ -217,6 +233,8 @@ RUNS: list[tuple[int, float, tuple[int, ...], Any]] = [  # steps, span, steps af
     (12, 0.5, (1, 2, 3, 4, 5, 8), CASES[1]),
     (12, 0.5, (1, 3, 4), CASES[4]),
     (12, 0.5, (1, 3, 4), CASES[7]),
+    (12, 0.5, (1, 3, 4), CASES[11]),
+    (12, 0.5, (1, 3, 4), CASES[13]),
     (20, 0.5, (2, 3, 5, 6, 7, 8, 19), CASES[0]),
 ]
 
@@ -253,6 +271,25 @@ def test_run_resumed_before_between_and_after_cuts_equals_the_uninterrupted_one(
             ]
             == [{name: value for name, value in record.items() if name not in timed} for record in records[stop:]]
         )
+
+
+def test_norms_before_removed_blocks_are_tuned_without_a_gradient() -> None:
+    """A plan that removes a layer, blocks and channels at once: the loop runs, and resumes to the same weights."""
+    units = ("hidden-channels", "layers", *BLOCKS)
+    model = tiny("gemma2", layers=6)
+    plan = random_plan(model, units=units, seed=2)
+    gone = {name.partition(":")[2] for name, kept in plan.kept.items() if not kept}
+    assert {"layers", "attention-blocks", "mlp-blocks"} <= gone
+    config = config_of({"train": {"steps": 4, "weights": "all", "weights_rate": 1e-2}})
+    whole = observed(job_of(config, model=model, plan=plan, units=units))
+    assert whole.cuts[0].cut_loss == pytest.approx(whole.cuts[0].masked_loss, rel=1e-5)
+    job = replace(
+        job_of(config, model=tiny("gemma2", layers=6), plan=plan, units=units),
+        checkpoints=MemoryStore(whole.states[2]),
+    )
+    tune_and_prune(job)
+    assert identical(weights_of(job), weights_of(whole.job))
+    assert any("input_layernorm" in name for name in weights_of(job))
 
 
 # -- budgets of other kinds ------------------------------------------------------------------------------------------

@@ -38,3 +38,5 @@ def test_table_row_is_folded_to_the_width_of_a_terminal(monkeypatch: pytest.Monk
     assert max(map(len, lines)) <= MIN_WIDTH
     assert "1234567890" in lines[1]
     assert sum(line.count("w") for line in lines) == 200
+    numbers = tuple(str(10**9 + place) for place in range(9))
+    assert all(number in table_lines([">n"] * 9, [numbers])[1] for number in numbers), "no digit is left out"

@@ -49,9 +49,7 @@ class Calibration:
 
     def unit_price(self, site: Site) -> float:
         """What a unit of this site and all that it contains take of the budget: parameters, or prices under limits."""
-        limits = self.constraints.limits
-        prices = limits.prices_with_children if limits else None
-        return prices[site.name] if prices else site.total_unit_params
+        return self.constraints.unit_price(site)
 
     def select(self, scores: Scores) -> Plan:
         """The plan of the highest scores within the budget; raises `PlanError` if no plan is."""

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from prunetune.baselines.activations import Moments, block_influences, input_grams, input_moments
 from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
+from prunetune.errors import ConfigError
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
 from prunetune.pruning.compensation import compensate_consumers, consumer_name, record_curvature, removal_costs
 from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
-from prunetune.pruning.units import Site, unit_weights
+from prunetune.pruning.units import Site, hidden_site, unit_weights
 from prunetune.search.select import Scores
 from prunetune.utils.determinism import derive_seed
 
@@ -212,6 +213,8 @@ def block_influence(calibration: Calibration) -> Scores:
 
     Layers still keep what the plan's constraints demand. Equal scores rank by index.
     """
+    if hidden_site(calibration.sites):
+        raise ConfigError("block-influence scores layers, and hidden-channels are in all of them: leave one out")
     layers = dict.fromkeys(site.layer_prefix for site in calibration.sites)
     influences = block_influences(calibration.model, layers, calibration.batches)
     return {site.name: torch.full((site.units,), influences[site.layer_prefix]) for site in calibration.sites}

@@ -23,6 +23,7 @@ from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.errors import ModelError
 from prunetune.model.checksums import verify_checksums
 from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype, weight_files
+from prunetune.model.onnx_model import is_onnx_folder, onnx_files
 from prunetune.utils import environment
 
 
@@ -43,7 +44,7 @@ class LocalRunner:
 
     def __init__(self, model: ModelSpec, options: BenchOptions) -> None:
         self.spec, self.options = model, options
-        self.device = pick_device(options.device)
+        self.device = torch.device("cpu") if is_onnx_folder(Path(model.source)) else pick_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
         self.dtype = pick_dtype(options.dtype, self.device)
@@ -58,7 +59,7 @@ class LocalRunner:
         self.load_s = clock.synchronized_time(self.device) - start
         self.prefill, self.step = self.model, self.model
         arguments = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in arguments:  # state-space models
+        if not arguments.keys() & {"past_key_values", "cache"}:  # state-space models; cache: since transformers 5.24
             if "cache_params" not in arguments or options.record or options.compile:
                 raise ModelError(
                     f"model {model.label}: transformers passes its states in a way that is not timed here; leave "
@@ -76,12 +77,13 @@ class LocalRunner:
         self.energy_meter = clock.energy_meter(self.device)
 
     def facts(self) -> ModelFacts:
+        runtime = getattr(self.model, "runtime", f"transformers {version('transformers')}")
         compiled = ", decode recorded" if self.options.record else ", compiled" if self.options.compile else ""
         return ModelFacts(
-            runtime=f"transformers {version('transformers')}{compiled}",
+            runtime=f"{runtime}{compiled}",
             device=environment.device_name(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
-            parameters=sum(weight.numel() for weight in self.model.parameters()),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            parameters=sum(weight.numel() for weight in self.model.parameters()) or self.model.num_parameters(),
             file_bytes=weight_bytes(self.spec.source),
             load_s=self.load_s,
         )
@@ -127,12 +129,12 @@ class LocalRunner:
         return self.static_caches[batch]
 
     @torch.no_grad()
-    def _flops(self, batch: int) -> float:
+    def _flops(self, batch: int) -> float | None:
         """FLOPs of the prefill, as operators report them."""
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         with _raise_out_of_memory(f"batch {batch} of {self.spec.label}"), counter:
             self.model(self._tokens(batch), use_cache=False, logits_to_keep=1)
-        return float(counter.get_total_flops())
+        return float(counter.get_total_flops()) or None  # none are counted in onnxruntime
 
     @torch.no_grad()
     def _run(self, batch: int) -> tuple[BenchSample, Any]:
@@ -157,16 +159,16 @@ def weight_bytes(source: str) -> int:
     path = Path(source)
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in weight_files(source))
+    return sum(file.stat().st_size for file in onnx_files(path) or weight_files(source))
 
 
 def decode_bytes(model: Any, cache: Any) -> float | None:
     """Bytes that a decode step reads: the cache, and all weights but an embedding table that is not also the head.
 
-    None for mixtures, where a step reads only some experts, and for a cache that has no layers to count.
+    None for mixtures, where a step reads only some experts, for a cache that has no layers to count, and for a graph.
     """
-    names = [name for name, _ in model.named_parameters()]
-    if any(".experts." in name for name in names) or not hasattr(cache, "layers"):
+    names = [name for name, weight in model.named_parameters() if weight.numel()]
+    if not names or any(".experts." in name for name in names) or not hasattr(cache, "layers"):
         return None
     weights = sum(weight.nbytes for weight in model.parameters())
     table, head = model.get_input_embeddings(), model.get_output_embeddings()

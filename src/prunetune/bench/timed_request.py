@@ -25,7 +25,7 @@ def random_prompts(model: Any, batch: int, prompt: int) -> Tensor:
     """Random token ids [B, T] on the model's device, the same every time: their values do not change the time."""
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.get_text_config().vocab_size, (batch, prompt), generator=rng)
-    return tokens.to(next(model.parameters()).device)
+    return tokens.to(model.device)
 
 
 @torch.no_grad()

@@ -10,15 +10,17 @@ import signal
 import sys
 import traceback
 import typing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
+from json import dumps, loads
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
+from prunetune.cli.chat_options import ChatOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import (
@@ -34,7 +36,7 @@ from prunetune.config.recipe import (
 from prunetune.errors import ConfigError, DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
-from prunetune.utils.files import check_writable, expand_path, write_text
+from prunetune.utils.files import STANDARD_OUTPUT, check_writable, expand_path, write_text
 from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
 from prunetune.utils.threads import limit_openmp_threads
 from prunetune.utils.untrusted import printable
@@ -56,12 +58,43 @@ EvalFlags: typing.TypeAlias = make_flags_class(EvalOptions)  # type: ignore[vali
 NO_EVAL_FLAGS = EvalFlags()
 CheckFlags: typing.TypeAlias = make_flags_class(CheckOptions)  # type: ignore[valid-type]
 NO_CHECK_FLAGS = CheckFlags()
+ChatFlags: typing.TypeAlias = make_flags_class(ChatOptions)  # type: ignore[valid-type]
+NO_CHAT_FLAGS = ChatFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DataFlags: typing.TypeAlias = make_flags_class(DataConfig)  # type: ignore[valid-type]
 NO_DATA_FLAGS = DataFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
 UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, tokens: expand_path(tokens[0].value))]
+
+
+session = app.meta
+
+PrintJson: typing.TypeAlias = Annotated[
+    bool, Parameter(name="--json", negative=(), help="Print all that is known as JSON, for scripts.")
+]
+
+
+@session.default
+def _with_session_options(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    quiet: Annotated[
+        bool, Parameter(name=("--quiet", "-q"), negative=(), help="Print results, warnings and errors only.")
+    ] = False,
+) -> None:
+    if quiet:
+        logging.getLogger("prunetune").setLevel(logging.WARNING)
+    words: list[str] = []
+    for word in tokens:  # cyclopts takes a lone - for an option: --json - becomes --json=-
+        if word == "-" and words and words[-1].startswith("--"):
+            words[-1] += "=-"
+        else:
+            words.append(word)
+    app(words, exit_on_error=False, print_error=False)
+
+
+session.suppress_keyboard_interrupt = False
+session.group_parameters = Group("Options of every command", sort_key=99)
 
 
 @app.command
@@ -188,6 +221,7 @@ def sites(
     ] = False,
     workload: Annotated[WorkloadFlags, Parameter(name="*")] = NO_WORKLOAD_FLAGS,
     trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
+    json: PrintJson = False,
 ) -> None:
     """Which modules can be pruned: units, legal widths, and what budgets mean in bytes and time; reads no weights.
 
@@ -196,8 +230,11 @@ def sites(
     model
         A folder, a hub name (owner/name, owner/name@revision), a .gguf file, or 'demo'.
     """
-    from prunetune.cli.preview import render_sites
+    from prunetune.cli.preview import describe_sites, render_sites
 
+    if json:
+        _print_json(describe_sites(model, layout, align, units, trust_remote_code=trust_remote_code))
+        return
     requests = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
     _print(
         render_sites(
@@ -242,7 +279,7 @@ def runs(
     where: Annotated[
         tuple[str, ...], Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.")
     ] = (),
-    json: Annotated[bool, Parameter(negative=(), help="Print all that is known of them as JSON.")] = False,
+    json: PrintJson = False,
 ) -> None:
     """List the runs, sizes and comparisons of a folder, and of those in $PRUNETUNE_HOME's runs.txt, newest first.
 
@@ -267,8 +304,21 @@ def compare_runs(first: UserPath, /, *others: UserPath) -> None:
 
 
 @app.command
-def watch(run: UserPath, /) -> None:
-    """Show the progress of a run in a terminal until it ends."""
+def watch(
+    run: UserPath,
+    /,
+    *,
+    web: Annotated[
+        bool, Parameter(negative=(), help="Show the report in a browser, refreshed, with the runs of the same folder.")
+    ] = False,
+    port: Annotated[int, Parameter(help="The port of --web on this computer; 0: any free one.")] = 6016,
+) -> None:
+    """Show the progress of a run in a terminal until it ends, or with --web in a browser until it is stopped."""
+    if web:
+        from prunetune.cli.watch_server import serve_run
+
+        serve_run(run, port, announce=_print)
+        return
     from prunetune.runs.watch import watch_run
 
     watch_run(run)
@@ -288,7 +338,7 @@ def export(
     /,
     *,
     to: Annotated[
-        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout of the run.")
+        Literal["uniform", "per-layer", "gguf", "onnx", "mlx"] | None, Parameter(help="Default: the layout of the run.")
     ] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
@@ -304,6 +354,7 @@ def export(
     trust_remote_code: Annotated[
         bool, Parameter(negative=(), help="Run code that comes with the model folder.")
     ] = False,
+    json: PrintJson = False,
 ) -> None:
     """Write the model of a finished run in another format, open it again and compare.
 
@@ -314,9 +365,88 @@ def export(
     """
     from prunetune.export.formats import export_run
     from prunetune.export.result import ExportOptions
+    from prunetune.utils.console import show_stage
 
     options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
-    _print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
+    with show_stage("export"):
+        result = export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code)
+    if json:
+        _print_json(asdict(result) | {"path": str(result.path)})
+    else:
+        _print(result)
+
+
+@app.command
+def chat(model: str, /, *, flags: Annotated[ChatFlags, Parameter(name="*")] = NO_CHAT_FLAGS) -> None:
+    """Chat with a run's model in the terminal; a pipe gives one question a line. Answers are greedy.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, or a .gguf file.
+    """
+    options = read_options(ChatOptions, flags_to_overrides(flags), where="chat")
+    from prunetune.cli.chat import chat as start_chat
+
+    if failures := start_chat(model, options):
+        raise DataError(f"{failures} questions could not be asked: the lines above say why")
+
+
+@app.command
+def serve(
+    model: str,
+    /,
+    *,
+    server: Annotated[
+        Literal["auto", "transformers", "llama.cpp"], Parameter(help="auto: transformers; llama.cpp for .gguf files.")
+    ] = "auto",
+    host: Annotated[
+        str, Parameter(help="Address to listen on; the default can be reached from here only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 8000,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; for transformers.")] = "auto",
+) -> None:
+    """Serve a model as an OpenAI-compatible endpoint, by transformers' or llama.cpp's server, until Ctrl-C.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, or a .gguf file.
+    """
+    from prunetune.cli.serve import serve as start_server
+
+    start_server(model, server=server, host=host, port=port, device=device)
+
+
+@app.command
+def push(
+    run: UserPath,
+    repository: str,
+    /,
+    *,
+    public: Annotated[bool, Parameter(negative=(), help="Make the repository public; default: private.")] = False,
+    dry_run: Annotated[
+        UserPath | None, Parameter(help="Send nothing, and write what would go to DIR/OWNER/NAME of this folder.")
+    ] = None,
+    adapter: Annotated[
+        bool, Parameter(negative=(), help="Also send the dense tuned model, as a LoRA adapter in adapter/.")
+    ] = False,
+    language: Annotated[
+        tuple[str, ...], Parameter(negative=(), help="Languages for the card, such as en; default: those of the base.")
+    ] = (),
+) -> None:
+    """Put the model of a finished run on the Hugging Face hub, private, with a card of its scores.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    repository
+        OWNER/NAME on the hub; it is made if it is not there.
+    """
+    from prunetune.pipeline.push import push_run
+
+    _print(push_run(run, repository, public=public, dry_run=dry_run, adapter=adapter, languages=language))
 
 
 @app.command(name="eval")
@@ -326,7 +456,8 @@ def evaluate(
     *,
     suite: UserPath,
     out: Annotated[
-        UserPath | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
+        UserPath | None,
+        Parameter(help="Write scores and items to this JSON file, which check reads too; -: print them."),
     ] = None,
     flags: Annotated[EvalFlags, Parameter(name="*")] = NO_EVAL_FLAGS,
 ) -> None:
@@ -346,9 +477,8 @@ def evaluate(
     check_writable(out, "--out")
     with evaluation_progress() as progress:
         scores = evaluate_and_check.evaluate(model, suite, options=options, progress=progress)
-    if out is not None:
-        write_text(out, evaluate_and_check.evaluation_to_json(scores, model, str(suite)))
-    _print(output.render_evaluation(scores))
+    written = evaluate_and_check.evaluation_to_json(scores, model, str(suite)) if out else ""
+    _print_or_write(output.render_evaluation(scores), out, written)
     unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
         raise DataError(f"{len(unscored)} of {len(scores.tasks)} tasks could not be scored: {', '.join(unscored)}")
@@ -362,7 +492,9 @@ def check(
     suite: UserPath,
     junit: Annotated[UserPath | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
     html: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures as a page.")] = None,
-    json: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
+    json: Annotated[
+        UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file; -: print them.")
+    ] = None,
     flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
     """Compare a model with a reference: exit 1, with the new failures, if a limit of the suite is broken.
@@ -390,9 +522,7 @@ def check(
         from prunetune.report.check_page import render_check_page
 
         write_text(html, render_check_page(result, public_url(model), str(suite)))
-    if json is not None:
-        write_text(json, result.to_json())
-    _print(output.render_check(result))
+    _print_or_write(output.render_check(result), json, result.to_json() if json else "")
     if result.broken:
         raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
     if result.errors:
@@ -404,7 +534,7 @@ def history(
     suite: UserPath,
     /,
     *,
-    json: Annotated[bool, Parameter(negative=(), help="Print all scores as JSON.")] = False,
+    json: PrintJson = False,
 ) -> None:
     """Scores of a suite over time: a row for each version of a model that eval or check scored, newest first.
 
@@ -413,19 +543,21 @@ def history(
     suite
         The suite's file. Scores are kept in suite_scores.jsonl of $PRUNETUNE_HOME, or of the cache folder.
     """
-    from json import dumps
-
     from prunetune.evaluation.suites.score_history import read_scores, render_history
 
     versions = read_scores(suite)
-    _print(dumps([scored.to_dict() for scored in versions], indent=1) if json else render_history(suite, versions))
+    if json:
+        _print_json([scored.to_dict() for scored in versions])
+    else:
+        _print(render_history(suite, versions))
 
 
 @app.command
 def bench(
     *models: str,
     json: Annotated[
-        UserPath | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
+        UserPath | None,
+        Parameter(help="Write settings, device, versions and figures to this JSON file; -: print."),
     ] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
@@ -436,24 +568,28 @@ def bench(
     models
         Runs, model folders, hub names, or .gguf files (through llama.cpp).
     """
-    from json import dumps
-
     from prunetune.bench.measure_models import measure_models
     from prunetune.bench.table import render_bench
 
     options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
     check_writable(json, "--json")
     result = measure_models(models, options)
-    if json is not None:
-        write_text(json, dumps(result.to_dict(), indent=2) + "\n")
-    _print(render_bench(result))
+    _print_or_write(render_bench(result), json, dumps(result.to_dict(), indent=2) + "\n")
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print a script that completes commands and options: prunetune completion bash > FILE; source FILE."""
+    print(app.generate_completion(shell=shell))
 
 
 def main() -> None:
     """Entry point; exits with 0 (done), 1 (limit broken), 2 (user error), 130 (interrupted) or 141 (output closed)."""
     is_rank_0 = not rank_and_world_size()[0]  # which logs for all
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    handler = _StderrHandler()
+    handler.setFormatter(
+        _PrintableFormatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s", "%H:%M:%S")
+    )
     logging.basicConfig(handlers=[handler], level=logging.WARNING if is_rank_0 else logging.ERROR)
     logging.captureWarnings(True)
     sys.excepthook = _print_traceback
@@ -468,16 +604,16 @@ def main() -> None:
     sys.exit(run_and_exit_on_failure(_run_app))
 
 
-def _raise_keyboard_interrupt(*_: object) -> None:
-    """Stop as for Ctrl-C, which is ignored in the background of a script."""
-    raise KeyboardInterrupt
+def _raise_keyboard_interrupt(number: int, _: object) -> None:
+    """Stop as for Ctrl-C, which is ignored in the background of a script, and which has no number."""
+    raise KeyboardInterrupt(number)
 
 
 def _run_app() -> int:
-    if single := single_process_error(next(iter(sys.argv[1:]), "")):
+    if single := single_process_error(_command()):
         return _fail(single, 2)
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        session(sys.argv[1:], exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except UnusedCliTokensError as wrong:
         given = " ".join(wrong.unused_tokens or ())
@@ -488,7 +624,7 @@ def _run_app() -> int:
     except PrunetuneError as wrong:
         return _fail(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
-        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
+        resumable = _command() in ("run", "demo", "compare") and "--dry-run" not in sys.argv
         message = "told to stop, as when another rank ends" if rank_and_world_size()[1] > 1 else "interrupted"
         return _fail(f"{message}; continue with --resume" if resumable else message, 130)
     except BrokenPipeError:
@@ -505,6 +641,11 @@ def _run_app() -> int:
     return 0
 
 
+def _command() -> str:
+    """The command's name, "" if none is named; --quiet may stand before it."""
+    return next((word for word in sys.argv[1:] if word not in ("-q", "--quiet")), "")
+
+
 def _is_output_closed() -> bool:
     """Whether nobody reads standard output any more, as behind `| head`; the rest of the output is then discarded."""
     poll = select.poll()
@@ -518,6 +659,27 @@ def _is_output_closed() -> bool:
 def _print(result: object) -> None:
     """Print on standard output; texts of others, in names and errors, do not steer the terminal."""
     print(printable(str(result)))
+
+
+def _print_or_write(result: object, file: Path | None, as_json: str) -> None:
+    """Print a result and write its JSON to the file, if one is named; for "-" print the JSON instead."""
+    if file == STANDARD_OUTPUT:
+        _print_json(loads(as_json))
+        return
+    if file is not None:
+        write_text(file, as_json)
+    _print(result)
+
+
+def _print_json(values: object) -> None:
+    print(dumps(values, indent=1))
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what standard error is at the moment: a live line replaces it, so that log lines stay above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
 
 
 class _PrintableFormatter(logging.Formatter):

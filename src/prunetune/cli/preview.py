@@ -33,19 +33,12 @@ def render_sites(
     `measure` times the device for a latency table, where none is kept. Raises `PlanError` where layout uniform could
     not be written for this architecture.
     """
-    from prunetune.export.checkpoint import kv_groups_validator, mlp_width_option
-    from prunetune.model.loading import load_meta_model, pick_device
+    from prunetune.model.loading import pick_device
     from prunetune.pipeline.plan_constraints import budget_table_lines
-    from prunetune.pruning.sites import find_sites
     from prunetune.pruning.units import prunable_params
-    from prunetune.search.plan_rules import PlanConstraints, default_align
     from prunetune.search.select import min_feasible_keep
 
-    meta_model = load_meta_model(model, trust_remote_code=trust_remote_code)
-    sites = find_sites(meta_model, units)
-    if layout == "uniform" and any(site.kind == "mlp" for site in sites):
-        mlp_width_option(meta_model.config)  # raises where the architecture has none
-    constraints = PlanConstraints(layout, align or default_align(sites), 0, kv_groups_validator(meta_model.config))
+    meta_model, sites, constraints = _open_sites(model, layout, align, units, trust_remote_code=trust_remote_code)
     smallest_keep = min_feasible_keep(sites, constraints)
     total_params = sum(parameter.numel() for parameter in meta_model.parameters())
     lines = [
@@ -66,13 +59,66 @@ def render_sites(
     return "\n".join(lines)
 
 
+def describe_sites(
+    model: str, layout: str, align: int, units: Sequence[str], *, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What `render_sites` shows but the budgets, as values for JSON: a list of all sites, and the smallest keep."""
+    from prunetune.pruning.units import prunable_params
+    from prunetune.search.plan_rules import min_width
+    from prunetune.search.select import min_feasible_keep
+
+    meta_model, sites, constraints = _open_sites(model, layout, align, units, trust_remote_code=trust_remote_code)
+    rows = [
+        {"name": site.name, "kind": site.kind, "units": site.units, "unit_params": site.unit_params}
+        | {"units_per_group": site.units_per_group, "min_units_per_group": min_width(site, constraints)}
+        for site in sites
+    ]
+    return {
+        "model": model,
+        "model_type": meta_model.config.model_type,
+        "params": sum(parameter.numel() for parameter in meta_model.parameters()),
+        "prunable_params": prunable_params(sites),
+        "min_keep": min_feasible_keep(sites, constraints),
+        "align": constraints.align,
+        "sites": rows,
+    }
+
+
+def _open_sites(
+    model: str, layout: str, align: int, units: Sequence[str], *, trust_remote_code: bool
+) -> tuple[Any, tuple[Site, ...], PlanConstraints]:
+    """The model on the meta device, its sites, and the rules of plans for it."""
+    from prunetune.export.checkpoint import kv_groups_validator, mlp_width_option
+    from prunetune.model.loading import load_meta_model
+    from prunetune.pruning.sites import find_sites
+    from prunetune.search.plan_rules import PlanConstraints, default_align
+
+    meta_model = load_meta_model(model, trust_remote_code=trust_remote_code)
+    sites = find_sites(meta_model, units)
+    if layout == "uniform" and any(site.kind == "mlp" for site in sites):
+        mlp_width_option(meta_model.config)  # raises where the architecture has none
+    return (
+        meta_model,
+        sites,
+        PlanConstraints(layout, align or default_align(sites), 0, kv_groups_validator(meta_model.config)),
+    )
+
+
 def _site_rows(sites: Sequence[Site], constraints: PlanConstraints) -> list[tuple[str, ...]]:
     """One row for all sites that are alike."""
     from prunetune.pruning.units import prunable_params
     from prunetune.search.plan_rules import min_width
 
+    # A hidden channel crosses the units of all other sites, so that its parameters are theirs, too.
     alike = Counter(
-        (site.kind, site.units, site.units_per_group, site.unit_params, min_width(site, constraints)) for site in sites
+        (
+            site.kind,
+            site.units,
+            site.units_per_group,
+            site.total_unit_params + site.outer_params if site.kind == "hidden-channels" else site.unit_params,
+            min_width(site, constraints),
+        )
+        for site in sites
     )
     return [
         (
@@ -80,7 +126,7 @@ def _site_rows(sites: Sequence[Site], constraints: PlanConstraints) -> list[tupl
             kind,
             str(units),
             f"{unit_params:,}",
-            f"{count * units * unit_params / prunable_params(sites):.1%}",
+            "all" if kind == "hidden-channels" else f"{count * units * unit_params / prunable_params(sites):.1%}",
             _legal_widths(kind, lowest, units_per_group, units // units_per_group, constraints),
         )
         for (kind, units, units_per_group, unit_params, lowest), count in alike.items()
@@ -93,6 +139,8 @@ def _legal_widths(kind: str, lowest: int, highest: int, groups: int, constraints
         is_free = constraints.layout != "uniform"
         legal = [str(width) for width in range(lowest, highest + 1) if is_free or constraints.allows_groups(width)]
         return f"{', '.join(legal)} KV groups"
+    if kind == "hidden-channels":
+        return f"multiples of {lowest} from {lowest} to {highest}, the same in all layers"
     if kind in ("mlp", "expert-channels"):
         per_expert = f" in each of {groups} experts" if kind == "expert-channels" else ""
         return f"multiples of {constraints.align} from {lowest} to {highest}{per_expert}"
@@ -121,19 +169,21 @@ def _preview_lines(meta_model: Any, prunable_params: int, total_params: int, sma
     embedding, head = meta_model.get_input_embeddings().weight, meta_model.get_output_embeddings().weight
     dense = ParamCounts(total_params, prunable_params, 0 if head is embedding else embedding.numel(), head.numel())
     is_mixture = any(".experts." in name for name, _ in meta_model.named_parameters())
-    columns = 3 if is_mixture else 5
+    columns = 4 if is_mixture else 6
     rows: list[tuple[str, ...]] = []
     for keep in PREVIEW_SHARES:
         preview = preview_budget(dense, keep)
         cells = (
             f"{keep:.2f}",
             f"{preview.parameters / 1e6:,.1f} M",
+            f"{preview.parameters / total_params:.0%}",
             f"{preview.weight_bytes / 1e9:.2f} GB",
             f"x{preview.prefill_speedup:.2f}",
             f"x{preview.decode_speedup:.2f}",
         )
         rows.append(cells[:columns] if keep >= smallest_keep else (cells[0], "not feasible"))
-    return table_lines((">keep", ">parameters", ">in 16 bits", ">at best: prefill", ">decode")[:columns], rows)
+    headings = (">keep", ">parameters", ">of all", ">in 16 bits", ">at best: prefill", ">decode")
+    return table_lines(headings[:columns], rows)
 
 
 def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
@@ -146,7 +196,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     from prunetune.pipeline.plan_constraints import budget_table_lines, budget_usage_lines
     from prunetune.pipeline.prepare import disk_bytes_needed, prepare
     from prunetune.pipeline.time_estimate import describe_time
-    from prunetune.pruning.units import kept_params
+    from prunetune.pruning.units import removed_params
     from prunetune.pruning.vocabulary import prune_model
     from prunetune.runs.trackers import require_trackers
     from prunetune.search.select import select, uniform_scores
@@ -162,7 +212,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     constraints = context.constraints
     plan = select(uniform_scores(context.sites), context.sites, context.config.budget.keep, constraints)
     dense_params = context.dense_params
-    pruned_params = dense_params - sum(site.params for site in context.sites) + kept_params(context.sites, plan)
+    pruned_params = dense_params - removed_params(context.sites, plan)
     meta_model = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
     kept = context.vocabulary
     if kept is not None:

@@ -19,8 +19,9 @@ from prunetune.compare.grid import Cell, cell_header
 from prunetune.compare.kept_models import KeptModels
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
-from prunetune.config.recipe import DistillConfig
+from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
+from prunetune.errors import ConfigError
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.export.gguf.tensors import rounded_as_stored
 from prunetune.export.quantize import SCHEMES, rounded_as_quantized
@@ -30,8 +31,10 @@ from prunetune.pipeline.prepare import RunContext, resolve_auto, with_distill_te
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
+from prunetune.pruning.sites import find_sites
 from prunetune.pruning.teacher_student_weights import unshare_weights
-from prunetune.pruning.units import dense_plan, kept_params
+from prunetune.pruning.units import Site, dense_plan
+from prunetune.search.plan_rules import budget_share
 from prunetune.train.checkpoints import NullCheckpointStore, TrainingState
 from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.forward import Teacher, base_teacher
@@ -97,6 +100,20 @@ class CellMonitor:
             self.runner.context.console.validation(record)
 
 
+def sites_of_cell(context: RunContext, config: RunConfig, model: Any) -> tuple[Site, ...]:
+    """The sites of the comparison, or those of other units that a variant prunes.
+
+    Raises `ConfigError` if its budget is of another kind, whose prices are of the comparison's units.
+    """
+    if config.budget.units == context.config.budget.units:
+        return context.sites
+    if context.constraints.limits:
+        raise ConfigError(
+            "a variant prunes other budget.units, and the budget is no share of parameters: name budget.keep instead"
+        )
+    return find_sites(model, config.budget.units)
+
+
 @dataclass
 class CellRunner:
     """Runs cells, which share data, tokens, the dense model, and the dense tuned models that are teachers."""
@@ -144,7 +161,7 @@ class CellRunner:
                 **scores,
                 "bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
                 "formats": {name: self._score_as_stored(model, context, name) for name in formats},
-                "kept": kept_params(context.sites, plan) / sum(site.params for site in context.sites),
+                "kept": budget_share(context.sites, plan.widths(), context.constraints),
                 "widths": plan.widths(),
                 **facts,
                 "eval_seconds": time.monotonic() - started,
@@ -177,10 +194,10 @@ class CellRunner:
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
         config = cell.config(self.context.config)
-        shared = self.context.constraints
         model = self.model or load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
-        constraints = make_plan_constraints(config, self.context.sites, model.config, shared.allows_groups)
-        context = replace(self.context, config=config, constraints=replace(constraints, limits=shared.limits))
+        sites = sites_of_cell(self.context, config, model)
+        constraints = make_plan_constraints(config, sites, model.config, self.context.constraints)
+        context = replace(self.context, config=config, sites=sites, constraints=constraints)
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             context = with_distill_texts(context, context_length(model))
         if not cell.method.equal_help:

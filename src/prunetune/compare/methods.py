@@ -29,7 +29,8 @@ DENSE_EQUAL_HELP = "dense-equal-help"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Options that a variant may change; the others are read once for all cells.
 VARIANT_OPTIONS = (
-    "search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "layout", "data.distill_texts",
+    "search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "budget.units", "layout",
+    "data.distill_texts",
 )  # fmt: skip
 
 # Of further recipes not read.

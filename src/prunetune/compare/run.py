@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from prunetune.compare.cell import CellRunner, Interrupted
+from prunetune.compare.cell import CellRunner, Interrupted, sites_of_cell
 from prunetune.compare.grid import Cell, CellStore, Grid, best_learning_rate, cell_header, grid_from_config
 from prunetune.compare.kept_models import KeptModels
 from prunetune.compare.markdown import render_markdown
@@ -29,7 +29,7 @@ from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
 from prunetune.export.gguf.tensors import MIXES, require_library
 from prunetune.export.quantize import SCHEMES, require_scheme
-from prunetune.model.loading import load_config, pick_device
+from prunetune.model.loading import load_meta_model, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import Console, RunContext, prepare, resolve_auto
 from prunetune.pipeline.recording import record_origin
@@ -115,8 +115,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
 
 def _validate_before_start(context: RunContext, methods: Sequence[Method], grid: Grid) -> None:
     """Raises `PlanError` for a budget that no plan of a method meets, and `ConfigError` for options that clash."""
-    model_config = load_config(context.config.model, trust_remote_code=context.config.trust_remote_code)
-    scores = {site.name: torch.zeros(site.units) for site in context.sites}
+    meta_model = load_meta_model(context.config.model, trust_remote_code=context.config.trust_remote_code)
     jobs = concurrent_jobs(context)
     for method in methods:
         for cell in grid.cells(method, grid.learning_rate_trials(method)[0].learning_rate):
@@ -126,8 +125,9 @@ def _validate_before_start(context: RunContext, methods: Sequence[Method], grid:
                     f"compare.jobs {jobs} with lora.dropout ({method.name}): concurrent cells draw from one random "
                     "generator, so results would not repeat; set compare.jobs 1 or lora.dropout 0"
                 )
-            constraints = make_plan_constraints(config, context.sites, model_config, context.constraints.allows_groups)
-            select(scores, context.sites, cell.keep, replace(constraints, limits=context.constraints.limits))
+            sites = sites_of_cell(context, config, meta_model)
+            constraints = make_plan_constraints(config, sites, meta_model.config, context.constraints)
+            select({site.name: torch.zeros(site.units) for site in sites}, sites, cell.keep, constraints)
 
 
 def _check_disk_space(comparisons: Sequence[_Comparison]) -> None:

@@ -17,8 +17,9 @@ BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other tha
 QUALITY_FLOOR = 0.2  # budget.keep where only a quality is asked for
 
 UnitName = Literal[
-    "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels", "attention-blocks", "mlp-blocks", "layers"
-]
+    "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels", "attention-blocks", "mlp-blocks",
+    "layers", "hidden-channels",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class BudgetConfig:
         le=1,
         flag_type=str,
         flag_alias="--keep",
+    )
+    of: Literal["decoder", "model"] = option(
+        "decoder",
+        "What budget.keep is a share of: the prunable parameters of the decoder's layers, or all parameters of the "
+        "model, embedding and head included.",
     )
     quality: float = option(
         0.0,

@@ -26,9 +26,8 @@ class Cost(Protocol):
     def dense_shape(self) -> ModelShape:
         """The dense model."""
 
-    @property
-    def fixed_cost(self) -> float:
-        """The part that does not depend on units."""
+    def fixed_cost(self, counts: UnitCounts) -> float:
+        """The part outside layers, which depends on the kept hidden channels only, where these are units."""
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
         """The part of one layer, which depends on the kept units of its sites."""
@@ -36,7 +35,7 @@ class Cost(Protocol):
 
 def total_cost(cost: Cost, counts: UnitCounts) -> float:
     """The cost of a whole plan."""
-    return cost.fixed_cost + sum(cost.layer_cost(layer, counts) for layer in cost.dense_shape.layers)
+    return cost.fixed_cost(counts) + sum(cost.layer_cost(layer, counts) for layer in cost.dense_shape.layers)
 
 
 Costs = tuple[Cost, ...]  # the largest counts
@@ -65,10 +64,10 @@ class FlopsCost:
                 "use budget.memory or budget.keep"
             )
 
-    @property
-    def fixed_cost(self) -> float:
+    def fixed_cost(self, counts: UnitCounts) -> float:
         """The head, for every generated token."""
-        return 2.0 * self.workload.generate * self.dense_shape.lm_head_params
+        head_params = self.dense_shape.lm_head_params * self.dense_shape.channel_share(counts)
+        return 2.0 * self.workload.generate * head_params
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
         """Matrices, and attention between tokens."""
@@ -99,8 +98,7 @@ class WeightsCost:
         if self.dense_shape.is_mixture and self.workload.weights == "q8_0":
             raise ConfigError("workload.weights q8_0 is not counted for mixtures of experts: use plain")
 
-    @cached_property
-    def fixed_cost(self) -> float:
+    def fixed_cost(self, counts: UnitCounts) -> float:
         """Embeddings, head, norms, and linears that no site cuts.
 
         A q8_0 file holds every matrix in its type, embeddings and head too, and vectors in float32.
@@ -108,13 +106,13 @@ class WeightsCost:
         shape = self.dense_shape
         linears = [linear for layer in shape.layers.values() for linear in layer.linears if not linear.is_cut]
         linear_bytes = sum(linear.rows * self._row_bytes(linear.columns) for linear in linears)
-        other_params = shape.unprunable_params - sum(linear.rows * linear.columns for linear in linears)
+        other_params = shape.fixed_params(counts) - sum(linear.rows * linear.columns for linear in linears)
         if self.workload.weights != "q8_0":
             return float(DTYPE_BYTES[self.workload.dtype] * other_params) + linear_bytes
         table_params = shape.embedding_params + (0 if shape.tied else shape.lm_head_params)
-        columns = shape.lm_head_params // shape.lm_head_rows
-        rows = table_params // columns
-        return rows * self._row_bytes(columns) + 4.0 * (other_params - table_params) + linear_bytes
+        dense_columns = shape.lm_head_params // shape.lm_head_rows
+        rows, columns = table_params // dense_columns, round(dense_columns * shape.channel_share(counts))
+        return rows * self._row_bytes(columns) + 4.0 * (other_params - rows * columns) + linear_bytes
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
         """Kept units of a layer: rows of linears in the workload's format, other parameters as plain numbers."""
@@ -146,9 +144,8 @@ class MemoryCost:
     dense_shape: ModelShape
     workload: WorkloadConfig
 
-    @property
-    def fixed_cost(self) -> float:
-        return self._weights.fixed_cost
+    def fixed_cost(self, counts: UnitCounts) -> float:
+        return self._weights.fixed_cost(counts)
 
     @cached_property
     def _weights(self) -> WeightsCost:

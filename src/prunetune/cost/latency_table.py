@@ -146,8 +146,7 @@ class LatencyCost:
     table: LatencyTable
     tracks: tuple[tuple[str, float], ...]  # (track, times that it counts)
 
-    @property
-    def fixed_cost(self) -> float:
+    def fixed_cost(self, counts: UnitCounts) -> float:
         """Seconds outside the layers: embeddings, head, and the runtime itself."""
         return sum(times * self.table.outside_layers[track] for track, times in self.tracks)
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunetune.pruning.families import architecture_info
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size
-from prunetune.pruning.units import Site, UnitKind
+from prunetune.pruning.units import Site, UnitKind, hidden_site
 
 UnitCounts = Mapping[str, int]
 
@@ -66,6 +66,7 @@ class LayerShape:
     sliding_window: int  # tokens that attention sees at most; 0: all
     other_attention_params: int  # parameters that no unit owns and that leave with the last KV group
     enclosing_sites: tuple[str, ...]  # sites of whole blocks that contain attention
+    hidden: Site | None = None  # of the model, if hidden channels are units
 
     def params(self, counts: UnitCounts) -> int:
         """Parameters of kept units.
@@ -74,7 +75,8 @@ class LayerShape:
         """
         has_attention_block = all(counts[site] for site in self.enclosing_sites)
         lost_last_group = has_attention_block and not self.heads(counts)[0]
-        kept = sum(counts[site.name] * site.unit_params for site in self.sites)
+        removed = self.hidden.units - counts[self.hidden.name] if self.hidden else 0
+        kept = sum(counts[site.name] * (site.unit_params - removed * site.hidden_params) for site in self.sites)
         return kept - (self.other_attention_params if lost_last_group else 0)
 
     def heads(self, counts: UnitCounts) -> tuple[int, int]:
@@ -97,13 +99,24 @@ class ModelShape:
     tied: bool
     lm_head_rows: int
     is_mixture: bool
+    hidden: Site | None = None  # if hidden channels are units
 
     def dense_counts(self) -> dict[str, int]:
         """The counts that keep every unit."""
-        return {site.name: site.units for layer in self.layers.values() for site in layer.sites}
+        sites = [site for layer in self.layers.values() for site in layer.sites]
+        return {site.name: site.units for site in [*sites, *([self.hidden] if self.hidden else [])]}
 
     def params(self, counts: UnitCounts) -> int:
-        return self.unprunable_params + sum(layer.params(counts) for layer in self.layers.values())
+        return self.fixed_params(counts) + sum(layer.params(counts) for layer in self.layers.values())
+
+    def fixed_params(self, counts: UnitCounts) -> int:
+        """Parameters that no unit of a layer owns: those of no unit, and those of kept hidden channels alone."""
+        channels = (self.hidden.unit_params + self.hidden.outer_params) * counts[self.hidden.name] if self.hidden else 0
+        return self.unprunable_params + channels
+
+    def channel_share(self, counts: UnitCounts) -> float:
+        """The share of the hidden channels that is kept."""
+        return counts[self.hidden.name] / self.hidden.units if self.hidden else 1.0
 
 
 def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
@@ -114,7 +127,7 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
     windows = [int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers]
     windows = windows if len(windows) == count else [0] * count
     embedding, lm_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    layers = {}
+    layers, hidden = {}, hidden_site(sites)
     for index, prefix in enumerate(architecture.layer_prefixes):
         layer_sites = [site for site in sites if site.layer == index]
         groups = next((site for site in layer_sites if site.kind is UnitKind.KV_GROUP), None)
@@ -123,23 +136,25 @@ def model_shape(model: Any, sites: Sequence[Site]) -> ModelShape:
         other_params = sum(parameter.numel() for parameter in attention) - owned  # such as norms of queries and keys
         layers[index] = LayerShape(
             sites=tuple(layer_sites),
-            linears=tuple(_linear_shapes(model, prefix, layer_sites)),
+            linears=tuple(_linear_shapes(model, prefix, [*layer_sites, *([hidden] if hidden else [])])),
             kv_heads=architecture.layer_heads[index].kv_heads,
             queries_per_kv_head=architecture.layer_heads[index].queries_per_kv_head,
             head_dim=architecture.layer_heads[index].head_dim,
             sliding_window=windows[index],
             other_attention_params=other_params,
             enclosing_sites=tuple(site.name for site in layer_sites if site.kind.removes_attention),
+            hidden=hidden,
         )
     all_params = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape(
         layers,
-        unprunable_params=all_params - sum(site.params for site in sites),
+        unprunable_params=all_params - sum(site.params + site.units * site.outer_params for site in sites),
         embedding_params=embedding.numel(),
         lm_head_params=lm_head.numel(),
         tied=lm_head is embedding,
         lm_head_rows=lm_head.shape[0],
         is_mixture=any(".experts." in name for name, _ in model.named_parameters()),
+        hidden=hidden,
     )
 
 

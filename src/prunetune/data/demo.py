@@ -66,7 +66,7 @@ def tabular_list() -> Path:
     """The XML file of the installed package; the package is not imported, since that takes two seconds."""
     spec = importlib.util.find_spec("simple_icd_10_cm")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackage("data source 'demo' needs simple-icd-10-cm; run: pip install 'prunetune[demo]'")
+        raise MissingPackage("data source 'demo' needs simple-icd-10-cm; run: pip install simple-icd-10-cm")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("data/*.xml"))
     if not files:
         raise DataError("simple-icd-10-cm has no data/*.xml; run: pip install --force-reinstall simple-icd-10-cm")

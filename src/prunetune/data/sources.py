@@ -19,6 +19,7 @@ from prunetune.data.shapes import ShapedRow, shape_row
 from prunetune.data.templates import ColumnMapping
 from prunetune.errors import DataError, MissingPackage
 from prunetune.utils.files import expand_path
+from prunetune.utils.hub_access import hub_failure
 from prunetune.utils.redaction import SHOW_ALL, Redaction
 from prunetune.utils.untrusted import shorten
 
@@ -235,6 +236,13 @@ def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
     return files
 
 
+def hub_dataset(source: str) -> str:
+    """The data set on the hub that a source names, without configuration, split and revision; "" for files."""
+    path = Source.parse(source).path
+    match = HUB_NAME.fullmatch(path)
+    return match["name"] if match and not _has_reader(path) else ""
+
+
 def _has_reader(path: str) -> bool:
     suffix = data_suffix(path)
     return suffix in (TEXT_FORMATS if Path(path.lower()).suffix in COMPRESSED else READERS)
@@ -244,6 +252,7 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
     name, config, splits = match["name"], match["config"], (match["split"],) if match["split"] else HUB_SPLITS[split]
+    offline = hub_failure()  # without the hub, what is in the cache is read at once
     try:
         import datasets
     except ModuleNotFoundError as missing:
@@ -261,7 +270,8 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
             failure = _one_line(broken)
         break
     if rows is None:
-        tried = f"{name}{f', config {config}' if config else ''}, split {' or '.join(splits)}"
+        parts = (name, config and f"config {config}", f"split {' or '.join(splits)}", offline)
+        tried = ", ".join(filter(None, parts))
         raise DataError(
             f"{source.path}: no such file, and not to be had from the hub ({tried}): {failure}; "
             "correct the name, or write owner/name:config@split#revision"

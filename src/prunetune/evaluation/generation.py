@@ -46,8 +46,11 @@ def generate_ids(
     max_new_tokens: int,
     max_tokens: int,
     tick: OnItemsDone,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """The tokens of the greedy answer to each prompt, in the order given, with the one that ends it.
+
+    `streamer`, one of transformers, gets the tokens of a single prompt as they come.
 
     Answers to `chats` end where the chat template ends a turn, too, so no pass mixes these with others. A model that
     carries states through a sequence gets prompts of one length a pass, as padding would become part of them.
@@ -72,7 +75,12 @@ def generate_ids(
         try:
             for group in groups:
                 batch = left_pad([prompts[index] for index in group], pad_id, model.device)
-                ids = model.generate(batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings)
+                ids = model.generate(
+                    batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    generation_config=settings,
+                    streamer=streamer,
+                )
                 for index, answer in zip(group, ids[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                     ends = {answer.index(stop) + 1 for stop in stops or () if stop in answer}
                     answers[index] = answer[: min(ends, default=len(answer))]  # behind it is padding

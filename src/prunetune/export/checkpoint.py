@@ -70,9 +70,15 @@ def write_checkpoint(
             target.generation_config = model.generation_config
             _save(target, partial, shards)
         else:
-            names = PerLayerNames.from_model(model)
+            names, size = PerLayerNames.from_model(model), getattr(config, "hidden_size", 0)
+            # Llama saves no hidden size that its heads do not divide: the one that channels left is written below.
+            if not is_per_layer and size:
+                model.config.hidden_size += -size % model.config.num_attention_heads
             # Tensor names as in memory: transformers renames on loading by model_type, and does not know this one.
             _save(model, partial, shards, save_original_format=False)
+            if size and model.config.hidden_size != size:
+                model.config.hidden_size = size
+                edit_json(partial / "config.json", {"hidden_size": size})
             edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | names.auto_map())
             write_code(partial)
         add_old_rope_keys(partial / "config.json")

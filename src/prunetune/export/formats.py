@@ -1,6 +1,7 @@
-"""The export formats (uniform, per-layer, gguf, onnx) in one table, and `export_run`, which writes and checks one."""
+"""The export formats (uniform, per-layer, gguf, onnx, mlx) in a table; `export_run` writes and checks one."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,8 @@ from pathlib import Path
 from prunetune.errors import ConfigError
 from prunetune.export import convert
 from prunetune.export.gguf import write as gguf
+from prunetune.export.gguf.modelfile import format_modelfile, run_commands
+from prunetune.export.mlx import export_mlx
 from prunetune.export.model_card import format_export_card
 from prunetune.export.onnx import export_onnx
 from prunetune.export.quantize import SCHEMES, export_quantized
@@ -38,6 +41,7 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     "per-layer": ExportFormat(convert.export_per_layer, ("", "f32", "bf16", "f16")),
     "gguf": ExportFormat(gguf.export_gguf, gguf.DTYPES, ".gguf"),
     "onnx": ExportFormat(export_onnx, ("f32",)),
+    "mlx": ExportFormat(export_mlx, ("", "f32", "bf16", "f16")),
 }
 
 
@@ -91,12 +95,23 @@ def export_run(
             partial.rename(path)
         finally:
             _remove(partial)
-    return replace(result, path=path)
+        if to != "gguf":
+            commands = (f"mlx_lm.chat --model {shlex.quote(str(path))}",) if to == "mlx" else ()
+            return replace(result, path=path, commands=commands)
+        # Beside the file, what Ollama needs to know of it.
+        modelfile = path.with_suffix(".Modelfile")
+        text, note = format_modelfile(source, path.name)
+        if os.path.lexists(modelfile):
+            note = f"{modelfile} exists already and was kept"
+        else:
+            write_text(modelfile, text)
+        notes = (*result.notes, note) if note else result.notes
+    return replace(result, path=path, notes=notes, commands=run_commands(path, modelfile))
 
 
 def _check_options(to: str, source: ExportSource, options: ExportOptions) -> None:
     """Raises `ConfigError` for options that the format, or this model in it, cannot have."""
-    if to in ("gguf", "onnx") and is_multimodal(source.config):
+    if to in ("gguf", "onnx", "mlx") and is_multimodal(source.config):
         raise ConfigError(f"{to} of a multimodal model ({source.config.model_type}) is not written: use --to uniform")
     dtypes = EXPORT_FORMATS[to].dtypes
     if options.dtype not in dtypes:

@@ -1,18 +1,21 @@
 """The model card (README.md) of a checkpoint and of an export."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import yaml
 
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
+from prunetune.data.sources import hub_dataset
 from prunetune.manifest import Manifest
-from prunetune.model.provenance import LicenseInfo, PruningRun
+from prunetune.model.provenance import LicenseInfo, PruningRun, hub_model, public_model_name
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, UnitKind, kept_params, prunable_params
+from prunetune.pruning.units import Site, UnitKind, kept_params, prunable_params, removed_params
 from prunetune.utils.untrusted import markdown_code, markdown_text
 
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
@@ -26,7 +29,8 @@ session = onnxruntime.InferenceSession("PATH/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
 UNKNOWN_LICENSE = LicenseInfo()
-UNPUBLISHED_OPTIONS = ("out", "device", "data.root")  # they describe the machine of the run, not the model
+# They describe the machine and the rows of the run, not the model; nor do paths, see `_published_options`.
+UNPUBLISHED_OPTIONS = re.compile(r"(out|device|trust_remote_code|data\.(columns\..*|group)|report\..*|compare\..*)")
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,14 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
     titles, sections = provenance.titles, []
 
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}  # for the hub
-    base = [*(run.model for run in history), config.model][0].partition("@")[0]  # without a revision
-    if base.count("/") == 1 and base[0] not in "./~":
+    if base := hub_model([*(run.model for run in history), config.model][0]):
         values["base_model"] = base
     if licence.id:
         fields = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
         values |= {key: value for key, value in fields.items() if value}
     sections.append(f"---\n{yaml.safe_dump(values | {'tags': ['prunetune', 'pruning']}, sort_keys=False)}---")
-    sections.append(f"# {markdown_text(config.model)}, tuned and pruned")
+    name = public_model_name(config.model)
+    sections.append(f"# {markdown_text(name[:1].upper() + name[1:] if ' ' in name else name)}, tuned and pruned")
 
     kinds, cuts = {site.kind for site in sites}, manifest.cuts
     blocks = " and ".join(kind.label for kind in UnitKind if kind in kinds)  # only these were pruned
@@ -80,11 +84,17 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
             f"{dense.kept_tokens:,} of {dense.tokens:,} tokens remain. The dense model was scored with these tokens, "
             "too; its sizes are with all.\n"
         )
+    remain = f"{100 * kept_params(sites, plan) / prunable_params(sites):.1f}% of the {blocks} parameters"
+    if whole := dense.params:
+        left = (dense.reduced_params or whole) - removed_params(sites, plan)
+        remain = f"{100 * left / whole:.1f}% of all parameters remain, and {remain}"
+    else:
+        remain += " remain"
     within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {before} of {config.train.steps})"
     sections.append(
-        f"Made by prunetune from {markdown_code(config.model)}: tuned and pruned in one run{within if cuts else ''}.\n"
-        f"{100 * kept_params(sites, plan) / prunable_params(sites):.1f}% of the {blocks} parameters remain (layout "
-        f"{config.layout}).\n{vocabulary}`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
+        f"Made by prunetune from {_named(config.model)}: tuned and pruned in one run{within if cuts else ''}.\n"
+        f"{remain} (layout {config.layout}).\n{vocabulary}"
+        "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
     )
     usage = _usage_section([config.layout, *(run.layout for run in history)][-1])
     if any(f".{part}." in sites[0].name for part in ("language_model", "text_model")):  # inside a multimodal model
@@ -96,7 +106,7 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         for number, run in enumerate(history, start=1):
             recipe = f" (recipe SHA-256 {markdown_code(run.recipe_sha256)})" if run.recipe_sha256 else ""
             lines.append(
-                f"{number}. {markdown_code(run.model)}: {100 * run.kept:.1f}% of the prunable parameters kept in "
+                f"{number}. {_named(run.model)}: {100 * run.kept:.1f}% of the prunable parameters kept in "
                 f"{run.steps} steps, layout {markdown_text(run.layout)}: {run.params / 1e6:,.1f} M parameters{recipe}"
             )
         sections.append("\n".join(lines))
@@ -134,13 +144,8 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
         versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
         commit = f"; prunetune at commit {markdown_code(environment.commit)}" if environment.commit else ""
         lines.append(f"- {'made' if index == 0 else 'resumed'} with {markdown_text(versions)}{commit}")
-    defaults = _option_values(RunConfig())
-    changed = ", ".join(
-        markdown_code(f"{name}: {value}")
-        for name, value in _option_values(config).items()
-        if value != defaults[name] and name not in UNPUBLISHED_OPTIONS
-    )
-    lines.append(f"- recipe, where it is not the default: {changed or 'all of it is'}")
+    changed = ", ".join(markdown_code(f"{name}: {value}") for name, value in _published_options(config).items())
+    lines.append(f"- recipe, where it is not the default, without paths: {changed or 'all of it is'}")
     if chosen := manifest.learning_rate.description:
         lines.append(f"- learning rate {markdown_text(chosen)}")
     if provenance.recipe_sha256:
@@ -175,12 +180,21 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
 ```{f"{chr(10)}{chr(10)}{REMOTE_CODE_NOTE}" if code else ""}"""
 
 
-def _option_values(config: RunConfig) -> dict[str, Any]:
-    """The value of every option, by its dotted path."""
-    values = {}
-    for path in fields_by_path(RunConfig):
-        value: Any = config
-        for name in path.split("."):
-            value = getattr(value, name)
-        values[path] = list(value) if isinstance(value, tuple) else value
-    return values
+def _named(model: str) -> str:
+    name = public_model_name(model)
+    return name if " " in name else markdown_code(name)
+
+
+def _published_options(config: RunConfig) -> dict[str, Any]:
+    """The options that differ from their defaults, by dotted path; of models and sources, what is on the hub."""
+    published, defaults = {}, RunConfig()
+    for path, item in fields_by_path(RunConfig).items():
+        value, is_public = attrgetter(path)(config), not UNPUBLISHED_OPTIONS.fullmatch(path)
+        if path == "model":
+            is_public = public_model_name(value) == value
+        elif item.metadata["is_path"]:
+            value = tuple(source for source in value if hub_dataset(source)) if isinstance(value, tuple) else ""
+            is_public = is_public and bool(value)
+        if is_public and value != attrgetter(path)(defaults):
+            published[path] = list(value) if isinstance(value, tuple) else value
+    return published

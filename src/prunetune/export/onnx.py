@@ -22,10 +22,11 @@ from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import edit_json
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
+from prunetune.model.onnx_model import GRAPH_FILE
 from prunetune.utils.failures import first_line
 from prunetune.utils.optional import require_installed
 
-GRAPH_FILE = "model.onnx"
+log = logging.getLogger(__name__)
 ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LIMIT = 1e-3  # largest relative difference of logits, float32
 CHECKED_SHAPES = ((1, 1), (1, 17), (3, 12), (2, 33))  # batch and length; none is the shape that is traced
@@ -37,6 +38,7 @@ def export_onnx(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     require_installed(*PACKAGES, extra="onnx", use="onnx export")
     model = source.load_model()
     path.mkdir()
+    log.info("tracing the graph")
     program = _trace(model, source.config.vocab_size)
     program.save(str(path / GRAPH_FILE), external_data=True)
     del program
@@ -120,6 +122,7 @@ def check_onnx(model: Any, graph: Path) -> RuntimeCheck:
     """
     import onnxruntime
 
+    log.info("comparing the graph with the model in onnxruntime")
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     logits_of, difference, largest, same, positions = _Logits(model), 0.0, 0.0, 0, 0
     for batch, length in CHECKED_SHAPES:

@@ -33,10 +33,12 @@ class ExportResult:
     bytes: int
     checks: tuple[RuntimeCheck, ...]
     notes: tuple[str, ...] = ()  # "written as MistralForCausalLM because ..."
+    commands: tuple[str, ...] = ()  # that open it in other programs
 
     def __str__(self) -> str:
         """The lines that the command prints."""
         lines = [f"{self.format}, {self.dtype}: {self.params / 1e6:,.1f} M parameters, {self.bytes / 1e6:,.1f} MB"]
         for check in self.checks:
             lines.append(f"{'checked' if check.ran else 'not run'} in {check.runtime}: {check.detail}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), str(self.path)])
+        lines += [f"note: {note}" for note in self.notes] + [f"run: {command}" for command in self.commands]
+        return "\n".join([*lines, str(self.path)])

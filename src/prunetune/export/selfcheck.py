@@ -1,5 +1,6 @@
 """Open a written checkpoint in a fresh process with stock transformers, and compare its logits."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from prunetune.errors import SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint
 from prunetune.utils.failures import last_line
 
+log = logging.getLogger(__name__)
 LIMIT = 1e-4  # largest relative difference of logits, float32
 
 # Runs without prunetune, as a user of the checkpoint would.
@@ -93,6 +95,7 @@ def reopen_in_fresh_process(written: WrittenCheckpoint, tokens: Tensor, *, strea
 
     Raises `SelfCheckFailed` if it does not open.
     """
+    log.info("opening %s in a fresh process", written.folder)
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens.contiguous()}, inputs)

@@ -170,6 +170,7 @@ class ExportSource:
 
         Without options its parameters are frozen. Raises `ModelError` if it does not open.
         """
+        log.info("loading %s: %.1f M parameters", self.folder, self.params / 1e6)
         register_folder(self.folder)
         with reading_model_files(f"{self.folder} cannot be opened", "write the model again"):
             loaded = auto_class(self.config).from_pretrained(

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from prunetune.utils.failures import reading_model_files
+from prunetune.utils.hub_access import hub_failure
 
 NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)")
 # What is read of a model; not weights in other formats, nor copies of them in subfolders.
@@ -25,9 +26,10 @@ def fetch_revision(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    reason = hub_failure()  # without the hub, the cache is read at once
     repository, revision = split_revision(name)
     next_step = f"correct name and revision, or fetch it first: hf download {repository} --revision {revision}"
-    with reading_model_files(f"model {name}: not to be had from the hub", next_step):
+    with reading_model_files(f"model {name}: not to be had from the hub{reason and f' ({reason})'}", next_step):
         return Path(
             snapshot_download(
                 repository, revision=revision or None, allow_patterns=list(FILES), ignore_patterns=["*/*"]

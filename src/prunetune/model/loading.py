@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,11 +28,13 @@ from prunetune.model.config_checks import (
 )
 from prunetune.model.gguf_import import dequantize_gguf
 from prunetune.model.hub_revision import fetch_revision, split_revision
+from prunetune.model.onnx_model import OnnxModel, is_onnx_folder
 from prunetune.model.per_layer_classes import register_family, register_folder
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.pruning.families import FAMILIES
 from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
+from prunetune.utils.hub_access import hub_failure
 from prunetune.utils.suggest import similar_names
 from prunetune.utils.untrusted import parse_json
 
@@ -99,6 +101,7 @@ def resolve_model_path(name: str) -> str:
             f"model {name}: no such folder beside the runs in {path.parent} "
             f"(a hub model opens after: hf download {name}){_did_you_mean(path)}"
         )
+    hub_failure()  # if it cannot be asked, only its cache is, at once
     return name
 
 
@@ -109,14 +112,14 @@ def _did_you_mean(path: Path) -> str:
     return f"; did you mean {' or '.join(str(path.with_name(name)) for name in similar)}?" if similar else ""
 
 
-def cached_hub_file(name: str, file: str) -> Path | None:
+def cached_hub_file(name: str, file: str, kind: Literal["model", "dataset"] = "model") -> Path | None:
     """A hub model's file in the cache, or None. The hub is not asked, which takes long without a network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         repository, revision = split_revision(name)
-        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        cached = try_to_load_from_cache(repository, file, revision=revision or None, repo_type=kind)
     except HFValidationError:  # not a possible hub name
         return None
     return Path(cached) if isinstance(cached, str) else None
@@ -179,6 +182,8 @@ def load_model_and_tokenizer(
     path = resolve_model_path(name)
     verify_checksums(Path(path))
     config = load_config(name, trust_remote_code=trust_remote_code)
+    if is_onnx_folder(Path(path)):
+        return LoadedModel(OnnxModel(name, Path(path), config).eval(), load_tokenizer(name), torch.float32)
     if dequantize:
         _ask_to_dequantize(config)
     was_quantised = hasattr(config, "quantization_config")
@@ -245,6 +250,8 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
     go by config.json. Of a hub model whose files are not in the cache nothing is checked.
     """
     raise_unless_causal_lm(name, config)
+    if is_onnx_folder(Path(resolve_model_path(name))):
+        raise ModelError(f"model {name}: a graph cannot be pruned or tuned; name the folder that it was exported from")
     stored_dtypes: dict[str, str] = {}
     for file in weight_files(name):
         with reading_model_files(f"model {name}: {file.name} cannot be read", "fetch it again"):

@@ -202,8 +202,15 @@ def dense_config(values: Mapping[str, Any], folder: object) -> Any:
     if family not in CONFIG_MAPPING:
         raise ModelError(f"{folder}: {family} is no architecture of transformers; name a model of one that is")
     stock_values = {key: _with_floats(value) for key, value in values.items() if key not in NON_STOCK_KEYS}
+    size, heads, whole = stock_values.get("hidden_size"), stock_values.get("num_attention_heads"), {}
+    # Llama demands that heads divide the hidden size, which channels that are left need not.
+    if type(size) is int and type(heads) is int and heads > 0 and size % heads and family != values["model_type"]:
+        whole = {"hidden_size": heads * (size // heads + 1)}
     with reading_model_files(f"{folder}/config.json does not fit {family}", "write the model again"):
-        return CONFIG_MAPPING[family].from_dict(stock_values | {"model_type": family})
+        config = CONFIG_MAPPING[family].from_dict(stock_values | {"model_type": family} | whole)
+    if whole:
+        config.hidden_size = size
+    return config
 
 
 def _with_floats(value: Any) -> Any:

@@ -1,19 +1,23 @@
 """Where a model comes from: digests of its files or the commit of a hub model, the runs that pruned it, its licence."""
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from prunetune.config.yaml_file import parse_yaml
+from prunetune.model.hub_revision import split_revision
 from prunetune.model.loading import DEMO, cached_hub_file, demo_file, gguf_file, resolve_model_path
 from prunetune.utils.failures import reading_model_files
 from prunetune.utils.files import expand_path, sha256
 from prunetune.utils.untrusted import parse_json
 
 HISTORY_FILE = "history.json"
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 KINDS = {"model": str, "layout": str, "kept": float, "params": int, "steps": int, "recipe_sha256": str}
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 # Weights, configuration, tokenizer and code. Cards and logs beside them may change.
@@ -53,6 +57,21 @@ class ModelIdentity:
         }
         changes = [f"{name} {state}" for state, names in by_state.items() for name in names]
         return ", ".join([*changes[:4], *([f"and {len(changes) - 4} more"] if changes[4:] else [])])
+
+
+def hub_model(name: str, identity: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The model on the hub that a name means, without its revision; "" for others.
+
+    It has to be in the cache, or to be known by a commit to the run that opened it: `identity` of its manifest.
+    """
+    is_known = "commit" in identity or cached_hub_file(name, "config.json") is not None
+    repository = split_revision(name)[0]
+    return repository if is_known and HUB_NAME.fullmatch(repository) and not expand_path(name).exists() else ""
+
+
+def public_model_name(name: str) -> str:
+    """The name of a model as it may be published: a path would say where it was."""
+    return name if name == DEMO or hub_model(name) else "a local model"
 
 
 # -- the runs that pruned the model ------------------------------------------------------------------------------------
@@ -113,17 +132,31 @@ def read_license(model: str) -> LicenseInfo:
             fields = GGUFReader(demo_file() if model == DEMO else path).fields
             keys = {key: fields[key].contents() for key in fields if key.startswith("general.license")}
             return _license_in_values(keys, "general.license", ".", "its .gguf file")
-        if card := _local_file(model, "README.md"):
-            before, begin, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
-            front_matter, end, _ = rest.partition("\n---")
-            values: Any = parse_yaml(front_matter) if begin and end and not before.strip() else None
-            stated = _license_in_values(values, "license", "_", "its model card") if isinstance(values, dict) else None
-            if stated and stated.id:
-                return stated
+        stated = license_of_card(card_metadata(model), "its model card")
+        if stated.id:
+            return stated
         file = next((name for name in LICENSE_FILES if (path / name).is_file()), "")
         return LicenseInfo(id="other", where=f"its file {file}") if file else LicenseInfo()
     except Exception:  # of whatever a stranger's files hold; a model card can be written without a licence
         return LicenseInfo()
+
+
+def card_metadata(name: str, kind: Literal["model", "dataset"] = "model") -> dict[str, Any]:
+    """The metadata of the card of a folder or of what is in the hub's cache; empty where there is none to be read."""
+    card = _local_file(name, "README.md") if kind == "model" else cached_hub_file(name, "README.md", kind)
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace") if card else ""
+        before, begin, rest = text.partition("---\n")
+        front_matter, end, _ = rest.partition("\n---")
+        values = parse_yaml(front_matter) if begin and end and not before.strip() else None
+    except (OSError, ValueError):
+        values = None
+    return values if isinstance(values, dict) else {}
+
+
+def license_of_card(metadata: dict[str, Any], where: str) -> LicenseInfo:
+    """The licence that a card states."""
+    return _license_in_values(metadata, "license", "_", where)
 
 
 def _local_file(model: str, name: str) -> Path | None:

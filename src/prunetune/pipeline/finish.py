@@ -30,7 +30,7 @@ from prunetune.pruning.linears import get_base_linear
 from prunetune.pruning.masking import masked
 from prunetune.pruning.nf4 import cut_axes, round_to_nf4
 from prunetune.pruning.sites import lora_target_modules
-from prunetune.pruning.units import Site, effective_layout, kept_params, prunable_params
+from prunetune.pruning.units import Site, effective_layout, hidden_site, kept_params, prunable_params, removed_params
 from prunetune.runs.folder import RunFolder
 from prunetune.train.adapters import ADAPTER_NAME, LARGE_MODEL_PARAMS, add_adapters, expand_tensors
 from prunetune.train.checkpoints import Checkpoints, TrainingState
@@ -59,7 +59,9 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     tokens = check_tokens(context)
     # The weights of a large model may not fit into memory; adapters alone were tuned, unless the recipe says otherwise.
     is_large = prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
-    streamer = _open_streamed(context, state) if streamed or is_large else None
+    # A layer that is cut before the next one is loaded cannot lose channels that all layers share.
+    crosses_layers = hidden_site(context.sites) is not None
+    streamer = _open_streamed(context, state) if (streamed or is_large) and not crosses_layers else None
     shards = context.folder.path / "model.shards" if streamer else None  # of weights that the cut model does not hold
     if streamer and shards:
         shutil.rmtree(shards, ignore_errors=True)
@@ -242,7 +244,7 @@ def pruning_history(folder: RunFolder, config: RunConfig, plan: Plan, sites: Seq
         model=config.model,
         layout="per-layer" if has_per_layer_config(config.model) else effective_layout(config.layout, sites),
         kept=kept_params(sites, plan) / sum(site.params for site in sites),
-        params=dense_params - sum(site.params for site in sites) + kept_params(sites, plan),
+        params=dense_params - removed_params(sites, plan),
         steps=config.train.steps,
         recipe_sha256=sha256(recipe) if recipe.is_file() else "",
     )

@@ -23,10 +23,9 @@ from prunetune.evaluation.statistics import perplexity
 from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.units import kept_params, prunable_params
+from prunetune.pruning.units import dense_plan, prunable_params
 from prunetune.runs.folder import TUNING_STAGE
-from prunetune.search.nested_sites import NestedSites
-from prunetune.search.plan_rules import block_size
+from prunetune.search.plan_rules import block_size, budget_params, budget_share
 from prunetune.search.select import min_params
 from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.schedule import build_schedule
@@ -183,15 +182,16 @@ def _raise_if_gain_unreachable(context: RunContext) -> None:
     required, keep, constraints = context.config.require.smaller, context.config.budget.keep, context.constraints
     if not required or constraints.limits:  # budgets of other kinds do not fix the share of parameters
         return
-    prunable, nested_sites = prunable_params(context.sites), NestedSites(context.sites)
-    dense_units = {site.name: site.units for site in context.sites}
-    block = max(
-        block_size(site, constraints) * nested_sites.params_with_children(site, dense_units) for site in context.sites
-    )
+    counted = budget_params(context.sites, dense_plan(context.sites).widths(), constraints)
+    block = max(block_size(site, constraints) * constraints.unit_price(site) for site in context.sites)
     if constraints.layout == "uniform":  # a block is pruned in all layers at once
         block *= len({site.layer for site in context.sites})
-    fewest_params = max(min_params(context.sites, constraints), keep * prunable - block)
-    reachable = (prunable - fewest_params) / context.dense_params
+    asked = keep * (constraints.original_params or counted)
+    outer = sum(site.units * site.outer_params for site in context.sites)
+    prunable = prunable_params(context.sites) + outer
+    uncounted = outer if constraints.budget_of == "decoder" else 0  # which leaves with hidden channels all the same
+    fewest_params = max(min_params(context.sites, constraints), asked - block)
+    reachable = (counted - fewest_params + uncounted) / context.dense_params
     if reachable < required:
         raise ConfigError(
             f"require.smaller {required:g}: under budget.keep {keep:g} at most {reachable:.1%} of all parameters can "
@@ -237,7 +237,7 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
         )
         for limit in (score_limits(config) if last else ())
     )
-    kept = kept_params(context.sites, state.plan) / prunable_params(context.sites) if state.plan else None
+    kept = budget_share(context.sites, state.plan.widths(), context.constraints) if state.plan else None
     # Under budgets of other kinds no share of parameters was requested: only a limit can have raised it.
     requested_keep = kept if context.constraints.limits and not history["events"] else config.budget.keep
     return timed | {

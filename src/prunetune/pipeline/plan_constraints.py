@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,11 +33,10 @@ from prunetune.pruning.families import FAMILIES, INSIDE_WRAPPERS, MODEL_TYPE_PRE
 from prunetune.pruning.family_check import TOLERANCE, half_plan, small_logits
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.tiny_models import tiny_config, tiny_model
-from prunetune.pruning.units import Site, UnitKind, effective_layout
+from prunetune.pruning.units import Site, UnitKind, effective_layout, hidden_site
 from prunetune.runs.folder import RunFolder
-from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
-from prunetune.search.select import min_feasible_keep, min_widths, select, uniform_scores, with_limits
+from prunetune.search.select import min_counts, min_feasible_keep, select, uniform_scores, with_limits
 from prunetune.utils.failures import first_line
 from prunetune.utils.tables import table_lines
 
@@ -45,9 +44,12 @@ log = logging.getLogger(__name__)
 
 
 def make_plan_constraints(
-    config: RunConfig, sites: tuple[Site, ...], model_config: Any, allows_groups: Callable[[int], bool] | None = None
+    config: RunConfig,
+    sites: tuple[Site, ...],
+    model_config: Any,
+    shared: PlanConstraints | None = None,
 ) -> PlanConstraints:
-    """What plans are legal for this model and layout; `allows_groups` if the legal counts of KV groups are known.
+    """What plans are legal for this model and layout; `shared` are those of another recipe for the same model.
 
     Raises `ConfigError` for constraints under which no checkpoint can be written.
     """
@@ -62,6 +64,13 @@ def make_plan_constraints(
             f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
             f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
         )
+    if hidden_site(sites):
+        obstacles = {
+            "search.method generator prices every unit by itself": config.search.method == "generator",
+            "lora.quantize stores a linear along the one axis that a cut shortens": config.lora.quantize != "off",
+        }
+        if obstacle := next((reason for reason, is_there in obstacles.items() if is_there), ""):
+            raise ConfigError(f"budget.units: hidden-channels cross all other units, and {obstacle}: leave one out")
     layout = effective_layout(config.layout, sites)
     if is_multimodal(model_config) and layout != "uniform":
         raise ConfigError(
@@ -82,12 +91,15 @@ def make_plan_constraints(
         config.layout,
         align,
         budget.min_groups,
-        allows_groups or kv_groups_validator(model_config),
+        shared.allows_groups if shared else kv_groups_validator(model_config),
         min_share=budget.min_share,
         min_experts=budget.min_experts,
         min_queries=budget.min_queries,
         protected=protected,
         tensor_parallel=budget.tensor_parallel,
+        budget_of=budget.of,
+        limits=shared.limits if shared else None,
+        model_params=shared.model_params if shared else 0,
     )
 
 
@@ -236,8 +248,8 @@ def budget_table_lines(
             raise
         table, untimed_reason = None, str(untimed)
     # {heading: units kept by site}, None if not feasible; shares are of parameters, whatever the budget's kind.
-    nested_sites, unlimited = NestedSites(sites), replace(constraints, limits=None)
-    least = nested_sites.kept_unit_counts(min_widths(nested_sites, unlimited), nested_sites.sites)
+    unlimited = replace(constraints, limits=None)
+    least = min_counts(sites, unlimited)
     widths_by_plan: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
     for keep in PREVIEW_SHARES:
         is_feasible = keep >= min_feasible_keep(sites, unlimited)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from prunetune.config.recipe import RunConfig
+from prunetune.config.score_limits import STAGE_SCORE, ScoreLimit
 from prunetune.cost.training_memory import (
     TrainingMemory,
     TrainingPhase,
@@ -44,7 +45,7 @@ from prunetune.pipeline.plan_constraints import apply_budgets, make_plan_constra
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules, unprunable_params
-from prunetune.pruning.units import Site, prunable_params
+from prunetune.pruning.units import Site, hidden_site, prunable_params
 from prunetune.pruning.vocabulary import KeptVocabulary, prune_model
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.plan_rules import PlanConstraints
@@ -181,7 +182,12 @@ def prepare(
         prune_model(meta_model, vocabulary)
         config = replace(config, model=str(reduced_folder(folder.path)))
     sites = find_sites(meta_model, config.budget.units)
-    constraints = make_plan_constraints(config, sites, meta_model.config)
+    dense_params = sum(parameter.numel() for parameter in meta_model.parameters())
+    constraints = replace(
+        make_plan_constraints(config, sites, meta_model.config),
+        model_params=dense_params,
+        original_params=vocabulary.original_params if vocabulary and config.budget.of == "model" else 0,
+    )
     begun = folder if resume else None
     config, constraints = apply_budgets(resolve_auto(config, sites), sites, constraints, meta_model, device, begun)
     for keep in config.budget.keeps:  # raises `PlanError` for a budget that no plan meets
@@ -207,6 +213,14 @@ def prepare(
             f"train.{choosing[0]} chooses on valid, and valid has no row, or none that fits data.max_length: name "
             f"data.valid or a data.valid_share, or leave train.{choosing[0].partition(' ')[0]} out"
         )
+    limits = [ScoreLimit.of_stages(entry).metric.removeprefix(STAGE_SCORE) for entry in config.budget.quality_limits]
+    tasks = {record.task for record in splits.valid}
+    for name in (*limits, *config.budget.quality_of):  # which metric a task has is known once it has been scored
+        if name not in {*tasks, "nll", "accuracy"} and name.rpartition(".")[0] not in tasks:
+            raise ConfigError(
+                f"budget.quality: a limit of {name!r}, and valid has the tasks {', '.join(sorted(tasks)) or 'none'}: "
+                "name TASK.accuracy, TASK.nll, or nll, the mean"
+            )
     if config.budget.has_quality and (config.lora.rank < config.lora.dense_rank or ranks.uses_fsdp):
         raise ConfigError(
             "budget.quality begins with the adapters of the tuned dense model: set lora.rank to at least "
@@ -219,6 +233,10 @@ def prepare(
         )
     if ranks.uses_fsdp and config.lora.quantize != "off":
         raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
+    if hidden_site(sites) and ranks.uses_fsdp:
+        raise ConfigError(
+            "budget.units: hidden-channels cross all layers, and --use_fsdp cuts one at a time: leave it out"
+        )
     require_disk_space(folder.path, sum(disk_bytes_needed(meta_model, sites, config)))
     log.info("model %s on %s in %s, layout %s", recipe.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":
@@ -237,7 +255,7 @@ def prepare(
         splits=splits,
         encoded=encoded,
         console=console,
-        dense_params=sum(parameter.numel() for parameter in meta_model.parameters()),
+        dense_params=dense_params,
         unprunable_block_params=unprunable_params(meta_model, config.budget.units),
         ranks=ranks,
         base=base,

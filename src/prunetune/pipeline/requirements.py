@@ -22,7 +22,7 @@ from prunetune.config.recipe import RequireConfig, RunConfig
 from prunetune.manifest import FigureFacts, GainFacts, LimitFacts, SpeedupFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import write_text
 
@@ -133,7 +133,7 @@ def _explain_not_faster(limit: LimitFacts, model: BenchedModel, plan: Plan, site
 def _explain_not_smaller(limit: LimitFacts, dense: BenchedModel, plan: Plan, sites: Sequence[Site]) -> LimitFacts:
     prunable = sum(site.params for site in sites)
     params: dict[int, list[int]] = {}  # layer -> prunable parameters kept, and of the dense model
-    for site in sites:
+    for site in (site for site in sites if site.kind is not UnitKind.HIDDEN_CHANNEL):
         kept, total = params.setdefault(site.layer, [0, 0])
         params[site.layer] = [kept + len(plan.kept[site.name]) * site.unit_params, total + site.params]
     shares = {layer: kept / max(1, total) for layer, (kept, total) in params.items()}

@@ -36,6 +36,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
+from prunetune.search.plan_rules import budget_share
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.forward import Teacher, base_teacher
 from prunetune.train.job import Monitor, Observer, TrainingJob
@@ -186,6 +187,10 @@ def make_job(
 ) -> TrainingJob:
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
     config, valid = context.config, context.encoded["valid"].examples
+    schedule = one_cut_schedule(config) if plan else build_schedule(config)
+    if context.constraints.original_params:  # tokens are gone already
+        share = budget_share(context.sites, dense_plan(context.sites).widths(), context.constraints)
+        schedule = replace(schedule, start_keep=max(share, schedule.allowed_keep))
     batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
     streams = {}
     for split, size in batch_sizes.items():
@@ -203,7 +208,7 @@ def make_job(
         valid_examples=valid[:: max(1, -(-len(valid) // config.validate.limit))],  # spread evenly over the split
         pad_id=pad_token_id(context.tokenizer),
         config=config,
-        schedule=one_cut_schedule(config) if plan else build_schedule(config),
+        schedule=schedule,
         checkpoints=checkpoints,
         observer=observer,
         teacher=teacher,
@@ -269,7 +274,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
                 raise RunFolderError(f"{file} cannot be read ({broken}): remove it to score anew") from broken
             continue
         model = load_model(context, name)
-        context.console.stage(f"evaluate {name}", 1)
+        context.console.stage(f"evaluate {name}", 0)
         result = score_model(context, model)
         write_text(file, result.redacted(context.config.report.redaction).to_json())
 

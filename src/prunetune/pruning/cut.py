@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prunetune.plan import Plan
 from prunetune.pruning.experts import down_proj_slice
 from prunetune.pruning.families import HeadCounts, architecture_info, get_family, head_counts
+from prunetune.pruning.hidden_channels import set_hidden_size
 from prunetune.pruning.linears import (
     ROWS,
     axis_size,
@@ -22,7 +23,16 @@ from prunetune.pruning.linears import (
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.nf4 import NF4Linear, has_nf4_linears
 from prunetune.pruning.sites import sites_from_plan
-from prunetune.pruning.units import ParamSlice, Site, UnitKind, kept_indices, surviving_layers
+from prunetune.pruning.units import (
+    ALL_LAYERS,
+    ParamSlice,
+    Site,
+    UnitKind,
+    hidden_site,
+    kept_indices,
+    surviving_layers,
+    without_removed_modules,
+)
 
 MERGE_CHUNK = 2**22  # weights that a merge holds in float32 at a time: 16 MiB each
 
@@ -89,7 +99,8 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
                 assert site.consumer is not None
                 bias = get_base_linear(model, site.consumer.module).bias
                 replace_module(model, site.name, RemovedAttention(bias))
-    kept_sites = [site for site in sites if site.name not in removed]
+    left = without_removed_modules(sites, plan)
+    kept_sites = [site for site in left if site.name not in removed]
     for (name, axis), index in kept_indices(plan, kept_sites).items():
         module: Any = model.get_submodule(name)
         if isinstance(module, LoraLayer):
@@ -101,7 +112,12 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
     for site in reversed(kept_sites):  # inner ones first: their parent groups are counted as in the dense model
         for param in site.weights.params:
             _keep_in_parameter(model, param, site, plan.kept[site.name])
-    for layer in {site.layer for site in kept_sites}:
+    if (hidden := hidden_site(kept_sites)) and len(plan.kept[hidden.name]) < hidden.units:
+        for removed_module in model.modules():
+            if isinstance(removed_module, RemovedLinear) and removed_module.rows == hidden.units:
+                removed_module.rows = len(plan.kept[hidden.name])
+        set_hidden_size(model, hidden, plan.kept[hidden.name])
+    for layer in {site.layer for site in kept_sites} - {ALL_LAYERS}:
         by_kind = {site.kind: site for site in kept_sites if site.layer == layer}
         _update_head_counts(model, head_counts(model.config, layer), by_kind, plan)
         _update_expert_counts(model, by_kind, plan)

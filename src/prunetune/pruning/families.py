@@ -64,18 +64,22 @@ SCALED_BY_DEPTH = "scale_attn_by_inverse_layer_idx ties a layer's weights to its
 ONE_QUERY_HEAD = "every KV group has one query head"
 NO_ATTENTION = " without attention"  # ends the type of a hybrid's layer of another make
 NO_EXPERTS = "it is no mixture of experts"
+HEADS_FILL_HIDDEN = "its class makes heads that fill the hidden size"
+IN_WRAPPER = "what a multimodal model makes of images is written into them"
+OTHER_NORM = " takes a mean of all channels out, or has no weight, and only RMSNorm can do without some of them"
 ATTENTION_PLAN = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
 
 # Architectures whose configuration says all that is needed.
 DESCRIBED_BY_CONFIG = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
     "smollm3", "granite", "starcoder2", "olmo", "olmo2", "olmo3", "glm", "glm4", "cohere", "cohere2", "seed_oss",
-    "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus", "jais2",
+    "nemotron", "arcee", "exaone4", "ernie4_5", "apertus", "jais2",
 )  # fmt: skip
 
 # tests/pruning/test_units.py prunes every family here, and compares the result with the masked model.
 FAMILIES: dict[str, Family] = {
     **{name: Family() for name in DESCRIBED_BY_CONFIG},
+    "helium": Family(unprunable={UnitKind.HIDDEN_CHANNEL: HEADS_FILL_HIDDEN}),
     "mixtral": Family(mixture=MixtureOfExperts(intermediate_size_key="intermediate_size")),
     "qwen2_moe": Family(mixture=MixtureOfExperts()),
     "qwen3_moe": Family(mixture=MixtureOfExperts()),
@@ -221,6 +225,15 @@ def architecture_info(model: nn.Module) -> ArchitectureInfo:
         unprunable[UnitKind.LAYER] = POST_NORM
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         unprunable[UnitKind.LAYER] = SCALED_BY_DEPTH
+    if config is not cast(Any, model).config:
+        unprunable[UnitKind.HIDDEN_CHANNEL] = IN_WRAPPER
+    else:
+        places = (prefixes[0].rpartition(".")[0].rpartition(".")[0], *prefixes)
+        for norm in (child for place in places for child in model.get_submodule(place).children()):
+            name = type(norm).__name__
+            if "Norm" in name and ("RMS" not in name or getattr(norm, "weight", None) is None):
+                unprunable[UnitKind.HIDDEN_CHANNEL] = name + OTHER_NORM
+                break
     unprunable |= family.unprunable
     if len({heads.head_dim for heads in layer_heads if heads.query_heads}) > 1:  # Gemma 4
         unprunable[UnitKind.KV_GROUP] = OWN_SIZES

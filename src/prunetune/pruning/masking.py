@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.experts import gate_expert_columns, gate_router
+from prunetune.pruning.hidden_channels import gate_hidden
 from prunetune.pruning.linears import unwrap_adapter
 from prunetune.pruning.sites import sites_from_plan
 from prunetune.pruning.units import Site, kept_mask
@@ -57,7 +58,8 @@ def masked(
 
     `adapters="gated"` behaves as after the cut. `adapters="free"` is the LoRA-aware forward of ATP (authors' code):
     y = gate * (W x) + B A x, so that a unit with a zero gate still learns and can come back.
-    Whole blocks and layers are gated with their adapters either way, which get no gradient while the gate is zero.
+    Whole blocks, layers and hidden channels are gated with their adapters either way, which get no gradient while the
+    gate is zero.
     """
     if sites is None:
         units = plan.units if isinstance(plan, Plan) else {name: len(gate) for name, gate in plan.items()}
@@ -126,4 +128,5 @@ GATE_FUNCTIONS: Mapping[str, GateFunction] = {
     "layer": _gate_layer,
     "router": gate_router,
     "expert columns": gate_expert_columns,
+    "hidden": gate_hidden,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunetune.plan import Plan
 from prunetune.pruning.linears import ROWS
-from prunetune.pruning.units import Site, children_by_site, kept_indices
+from prunetune.pruning.units import Site, children_by_site, hidden_site, kept_indices, without_removed_modules
 
 
 def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
@@ -21,7 +21,9 @@ def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
     Units, their groups and their parameters are those of the cut model; slices of a fused linear start where they now
     do. What still has rules of its own, such as the least number of experts, keeps them.
     """
-    sites = tuple(sites)
+    sites = without_removed_modules(tuple(sites), plan)
+    hidden = hidden_site(sites)
+    removed_channels = hidden.units - len(plan.kept[hidden.name]) if hidden else 0
     kept_rows = {name: index for (name, axis), index in kept_indices(plan, sites).items() if axis == ROWS}
     by_name = {site.name: site for site in sites}
     remaining: dict[str, Site] = {}
@@ -43,6 +45,7 @@ def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
         remaining[site.name] = replace(
             site,
             units=len(kept),
+            unit_params=site.unit_params - removed_channels * site.hidden_params,
             parent_groups=len(open_groups),
             weights=replace(site.weights, producers=tuple(producers), params=params),
         )
@@ -50,7 +53,15 @@ def remaining_sites(sites: Iterable[Site], plan: Plan) -> tuple[Site, ...]:
     for name, site in reversed(remaining.items()):  # inner sites first
         inside = [remaining[child.name] for child in children.get(name, ())]
         child_params = sum(child.units // site.units * child.total_unit_params for child in inside)
-        remaining[name] = replace(site, child_params=child_params)
+        if site is hidden_site(remaining.values()):
+            child_params = sum(other.units * other.hidden_params for other in remaining.values())
+        weights = site.weights
+        if weights.consumer and weights.consumer_is_childs:  # what a group's gate scales: the query heads that it kept
+            of_unit = sum(
+                child.units // site.units * child.consumer.rows_per_unit for child in inside if child.consumer
+            )
+            weights = replace(weights, consumer=replace(weights.consumer, part_sizes=(of_unit,)))
+        remaining[name] = replace(site, child_params=child_params, weights=weights)
     return tuple(remaining.values())
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from prunetune.errors import ConfigError, UnknownArchitecture
 from prunetune.plan import Plan
 from prunetune.pruning.families import NO_ATTENTION, ArchitectureInfo, BlockLinears, MixtureOfExperts, architecture_info
+from prunetune.pruning.hidden_channels import with_hidden_channels
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.units import DEFAULT_UNITS, KIND_BY_NAME, LinearSlice, ParamSlice, Site, SiteWeights, UnitKind
 
@@ -29,7 +30,7 @@ def find_sites(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> tupl
     kinds = frozenset(KIND_BY_NAME[name] for name in units)
     for kind in kinds & set(architecture.unprunable):
         if kind.recipe_name not in DEFAULT_UNITS:
-            reason = architecture.unprunable[kind]
+            reason = f"{architecture.unprunable[kind]}; leave it out of budget.units"
             raise ConfigError(f"budget.units: {kind.recipe_name} cannot be pruned in this model: {reason}")
     sites: list[Site] = []
     seen_types: set[str] = set()
@@ -37,6 +38,8 @@ def find_sites(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> tupl
         layer_type = architecture.layer_types[layer]
         sites += LayerSites(model, architecture, layer, kinds, layer_type not in seen_types).sites()
         seen_types.add(layer_type)
+    if UnitKind.HIDDEN_CHANNEL in kinds:
+        sites = [*with_hidden_channels(model, architecture.layer_prefixes, sites)]
     if not sites:
         raise ConfigError(
             f"budget.units {', '.join(units)}: none of them is in this model; "

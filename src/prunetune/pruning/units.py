@@ -3,10 +3,13 @@
 Sites nest. A layer holds its blocks, a block its KV groups or experts, a KV group its query heads, an expert its
 channels; a recipe chooses the kinds. A unit's own parameters leave out what the sites inside it own, so a plan's
 parameters are a plain sum over the units that it keeps.
+
+One site stands across the others: the *hidden channels* (the entries of the residual stream), which every layer reads
+and writes. A kept channel makes every kept unit larger by its `hidden_params`, and `count_params` counts that.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, Literal
@@ -19,9 +22,10 @@ from prunetune.plan import Plan
 from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear
 
 # What a gate scales: a consumer's input columns, a block's output, a layer's change of its input, the router's softmax,
-# or the columns of every expert's second linear.
-Gating = Literal["columns", "output", "layer", "router", "expert columns"]
+# the columns of every expert's second linear, or all that is written into the residual stream.
+Gating = Literal["columns", "output", "layer", "router", "expert columns", "hidden"]
 DEFAULT_UNITS = ("kv-groups", "mlp-channels")
+ALL_LAYERS = -1  # the layer of the site of hidden channels, which is in none
 
 
 class UnitKind(StrEnum):
@@ -35,6 +39,7 @@ class UnitKind(StrEnum):
     MLP_CHANNEL = "mlp"
     EXPERT = "experts"
     EXPERT_CHANNEL = "expert-channels"
+    HIDDEN_CHANNEL = "hidden-channels"
 
     @property
     def recipe_name(self) -> str:
@@ -148,6 +153,7 @@ class SiteWeights:
 
     producers: tuple[LinearSlice, ...] = ()  # lose output rows
     consumer: LinearSlice | None = None  # loses input columns
+    readers: tuple[LinearSlice, ...] = ()  # of hidden channels: all linears that lose input columns
     consumer_is_childs: bool = False  # the consumer's columns are owned by the units of the site inside this one
     params: tuple[ParamSlice, ...] = ()  # parameters that belong to no linear
     block_linears: tuple[str, ...] = ()  # linears of a whole block or layer, which leave with its only unit
@@ -162,7 +168,9 @@ class Site:
     kind: UnitKind
 
     units: int  # of the dense model
-    unit_params: int  # weights and biases that leave with one unit, without those of the sites inside it
+    # Weights and biases of decoder layers that leave with one unit, without those of the sites inside it, or of the
+    # units of other sites that a hidden channel crosses.
+    unit_params: int
     min_units_per_group: int = 1  # fewest units that each parent group may keep
 
     weights: SiteWeights
@@ -171,7 +179,10 @@ class Site:
 
     parent: str = ""  # name of the site around this one; "" for an outermost site
     parent_groups: int = 1  # units fall into this many groups of equal length, side by side, that keep equal numbers
-    child_params: int = 0  # weights and biases of the sites inside that leave with one unit of the dense model
+    # Weights and biases of the sites inside, or crossed, that leave with one unit of the dense model.
+    child_params: int = 0
+    hidden_params: int = 0  # of `unit_params`, those that leave with each hidden channel, if these are units
+    outer_params: int = 0  # of a hidden channel: parameters of embedding, head and last norm that leave with it, too
 
     @property
     def producers(self) -> tuple[LinearSlice, ...]:
@@ -205,7 +216,8 @@ class Site:
     def linear_slices(self) -> tuple[tuple[LinearSlice, int], ...]:
         """(slice, axis) of every linear that loses rows or columns with a unit."""
         weights = self.weights
-        columns = () if weights.consumer is None or weights.consumer_is_childs else ((weights.consumer, COLUMNS),)
+        consumers = () if weights.consumer is None or weights.consumer_is_childs else (weights.consumer,)
+        columns = ((reader, COLUMNS) for reader in (*consumers, *weights.readers))
         return (*((rows, ROWS) for rows in weights.producers), *columns)
 
     def linears(self) -> tuple[str, ...]:
@@ -227,9 +239,29 @@ def dense_plan(sites: Iterable[Site]) -> Plan:
     return Plan({site.name: tuple(range(site.units)) for site in sites}, {site.name: site.units for site in sites})
 
 
+def hidden_site(sites: Iterable[Site]) -> Site | None:
+    """The site of the hidden channels, if they are units."""
+    return next((site for site in sites if site.kind is UnitKind.HIDDEN_CHANNEL), None)
+
+
+def count_params(sites: Iterable[Site], counts: Mapping[str, Any]) -> Any:
+    """Prunable parameters of decoder layers under {site: units kept}, which may be tensors: a scalar."""
+    sites = tuple(sites)
+    hidden = hidden_site(sites)
+    removed = hidden.units - counts[hidden.name] if hidden else 0
+    return sum(counts[site.name] * (site.unit_params - site.hidden_params * removed) for site in sites)
+
+
 def kept_params(sites: Iterable[Site], plan: Plan) -> int:
-    """Prunable parameters that a plan keeps."""
-    return sum(site.unit_params * len(plan.kept[site.name]) for site in sites)
+    """Prunable parameters of decoder layers that a plan keeps."""
+    return int(count_params(sites, plan.widths()))
+
+
+def removed_params(sites: Iterable[Site], plan: Plan) -> int:
+    """Parameters of the whole model that a plan removes."""
+    sites = tuple(sites)
+    outer = sum(site.outer_params * (site.units - len(plan.kept[site.name])) for site in sites)
+    return prunable_params(sites) - kept_params(sites, plan) + outer
 
 
 def kept_mask(kept: Sequence[int], units: int) -> Tensor:
@@ -245,7 +277,8 @@ def kept_indices(plan: Plan, sites: Iterable[Site]) -> dict[tuple[str, int], Ten
     Linears that are removed whole are left out, see `removed_linears`.
     """
     masks: dict[tuple[str, int], Tensor] = {}
-    for site in sites:
+    sites = tuple(sites)
+    for site in without_removed_modules(sites, plan):
         kept = plan.kept[site.name]
         if not kept or len(kept) == site.units:
             continue
@@ -254,6 +287,38 @@ def kept_indices(plan: Plan, sites: Iterable[Site]) -> dict[tuple[str, int], Ten
             rows, key = linear_slice.expand_to_rows(units), (linear_slice.module, axis)
             masks[key] = masks[key] & rows if key in masks else rows
     return {key: mask.nonzero().flatten() for key, mask in masks.items()}
+
+
+def without_removed_modules(sites: Sequence[Site], plan: Plan) -> tuple[Site, ...]:
+    """The sites, that of hidden channels without the modules of blocks and layers that the plan removes whole.
+
+    Norms of a removed layer stay: they run until the layer leaves the model's list.
+    """
+    hidden = hidden_site(sites)
+    if hidden is None:
+        return tuple(sites)
+    linears, modules, layers = set[str](), list[str](), list[str]()
+    for site in sites:
+        if not plan.kept[site.name] and (site.kind.is_whole_block or site.kind is UnitKind.KV_GROUP):
+            linears |= set(site.weights.block_linears)
+            if site.kind is UnitKind.LAYER:
+                layers.append(f"{site.layer_prefix}.")
+            elif not site.weights.block_linears or site.gated_module not in site.weights.block_linears:
+                modules.append(f"{site.gated_module or site.name}.")
+
+    def is_left(name: str, *, is_norm: bool = False) -> bool:
+        inside = [layer for layer in layers if name.startswith(layer)]
+        if inside and not (is_norm and name.removeprefix(inside[0]).count(".") == 1):
+            return False
+        return name not in linears and not f"{name}.".startswith(tuple(modules))
+
+    weights = replace(
+        hidden.weights,
+        producers=tuple(rows for rows in hidden.weights.producers if is_left(rows.module)),
+        readers=tuple(columns for columns in hidden.weights.readers if is_left(columns.module)),
+        params=tuple(param for param in hidden.weights.params if is_left(param.parameter, is_norm=True)),
+    )
+    return tuple(replace(site, weights=weights) if site is hidden else site for site in sites)
 
 
 def removed_linears(plan: Plan, sites: Iterable[Site]) -> set[str]:
@@ -265,7 +330,7 @@ def surviving_layers(plan: Plan, sites: Iterable[Site]) -> Iterator[int]:
     """Layers that a plan keeps, of those that have sites, ascending."""
     sites = tuple(sites)
     removed = {site.layer for site in sites if site.kind is UnitKind.LAYER and not plan.kept[site.name]}
-    yield from sorted({site.layer for site in sites} - removed)
+    yield from sorted({site.layer for site in sites} - removed - {ALL_LAYERS})
 
 
 def children_by_site(sites: Iterable[Site]) -> dict[str, list[Site]]:
@@ -303,17 +368,18 @@ def effective_layout(layout: str, sites: Sequence[Site]) -> str:
 
 
 def prunable_params(sites: Iterable[Site]) -> int:
-    """Prunable parameters of the dense model."""
+    """Prunable parameters of the dense model's decoder layers."""
     return sum(site.params for site in sites)
 
 
 def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
     """Share of the prunable parameters, or of the units' prices, that gates keep: differentiable scalar in [0, 1]."""
     sites = tuple(sites)
-    gates = effective_gates(gates, sites)
-    unit_prices = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
-    kept = torch.stack([gates[site.name].sum() * unit_prices[site.name] for site in sites]).sum()
-    return kept / sum(site.units * unit_prices[site.name] for site in sites)
+    counts = {name: gate.sum() for name, gate in effective_gates(gates, sites).items()}
+    if prices is None:
+        return torch.as_tensor(count_params(sites, counts) / prunable_params(sites))
+    kept = torch.stack([counts[site.name] * prices[site.name] for site in sites]).sum()
+    return kept / sum(site.units * prices[site.name] for site in sites)
 
 
 @dataclass(frozen=True)

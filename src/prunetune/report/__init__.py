@@ -1,5 +1,5 @@
 """One self-contained HTML page of a run."""
 
-from prunetune.report.page import write_report
+from prunetune.report.page import render_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["render_report", "write_report"]

@@ -5,6 +5,7 @@ Sizes are in inches; all figures have one width, so that type has one size.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
+from prunetune.plan import Plan
 from prunetune.report import svg
 from prunetune.report.formatting import truncated
-from prunetune.report.kept_layers import KeptLayer, LayerKeptUnits
+from prunetune.report.kept_layers import KeptLayer, LayerKeptUnits, count_kept, layers_from_plan, other_units_by_layer
 from prunetune.report.scores import TaskMetricRow
 
 if TYPE_CHECKING:
@@ -130,16 +132,45 @@ def unit_share_figure(name: str, label: str, kept: Mapping[int, LayerKeptUnits])
     """Share of the units of one kind that is kept, by layer."""
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        indices = sorted(kept)
-        axes.bar(indices, [1.0] * len(indices), color=svg.REMOVED, width=0.8)
-        axes.bar(indices, [kept[index].share for index in indices], color=svg.PRUNED, width=0.8)
-        axes.set_ylim(0, 1)
-        _percent_axis(axes.yaxis)
-        axes.grid(visible=False)
-        _layer_axis(axes, indices)
+        _draw_shares(figure.subplots(), kept, svg.PRUNED, svg.REMOVED)
 
     return svg.render_svg(name, label, WIDTH, 1.9, draw)
+
+
+def _draw_shares(axes: Axes, kept: Mapping[int, LayerKeptUnits], kept_colour: str, removed_colour: str) -> None:
+    indices = sorted(kept)
+    axes.bar(indices, [1.0] * len(indices), color=removed_colour, width=0.8)
+    axes.bar(indices, [kept[index].share for index in indices], color=kept_colour, width=0.8)
+    axes.set_ylim(0, 1)
+    _percent_axis(axes.yaxis)
+    axes.grid(visible=False)
+    _layer_axis(axes, indices)
+
+
+def kept_units_png(plan: Plan) -> bytes:
+    """A PNG picture for model cards: the share of each kind of unit that is kept, by layer, one chart above another.
+
+    The same plan gives the same bytes. Empty for a plan whose sites name no layers.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    layers = layers_from_plan(plan)
+    charts = {"KV groups": {layer.index: layer.attention for layer in layers if layer.attention}}
+    charts |= {"MLP channels": {layer.index: layer.mlp for layer in layers if layer.mlp}, **other_units_by_layer(plan)}
+    charts = {kind: by_layer for kind, by_layer in charts.items() if by_layer}
+    buffer = io.BytesIO()
+    if charts:
+        with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
+            figure = Figure(figsize=(7, 1.9 * len(charts)), layout="constrained")
+            for axes, (kind, by_layer) in zip(
+                figure.subplots(len(charts), squeeze=False)[:, 0], charts.items(), strict=True
+            ):
+                _draw_shares(axes, by_layer, "#c14a00", "#e4e8eb")
+                kept, units = count_kept(by_layer.values())
+                axes.set_title(f"{kind.replace('-', ' ')} kept: {kept:,} of {units:,}", fontsize=10, loc="left")
+            figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _layer_axis(axes: Axes, indices: Sequence[int]) -> None:

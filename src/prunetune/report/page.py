@@ -41,18 +41,26 @@ VALIDATION_COLUMNS = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into a run folder from the files that are there, and return its path.
+    """Write `report.html` into a run folder, and return its path; an earlier page is replaced at once or not at all.
 
-    The same files give the same bytes; an earlier page is replaced at once or not at all.
+    Raises what `render_report` raises.
+    """
+    target, page = run_folder / "report.html", render_report(run_folder)
+    write_text(target, page)
+    return target
+
+
+def render_report(run_folder: Path) -> str:
+    """The page of a run, from the files that are there; the same files give the same page.
+
     Raises `RunFolderError` where the folder or its `config.yaml` is missing.
     """
-    target, run = run_folder / "report.html", read_run(run_folder)
+    run = read_run(run_folder)
     if run.manifest.sizes:
         template, values = "size_frontier.html.j2", size_frontier.template_context(run_folder, run)
     else:
         template, values = "template.html.j2", _template_context(run)
-    write_text(target, printable(template_environment().get_template(template).render(values)))
-    return target
+    return printable(template_environment().get_template(template).render(values))
 
 
 def template_environment(*folders: Path) -> jinja2.Environment:

@@ -72,10 +72,18 @@ def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
         _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
         _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
         _size_tile("Vocabulary", dense.tokens, dense.kept_tokens, formatting.count),
+        _hidden_size_tile(run),
         _selfcheck_tile(manifest.selfcheck),
         _time_tile(manifest),
     ]
     return [tile for tile in tiles if tile is not None]
+
+
+def _hidden_size_tile(run: RunFiles) -> Tile | None:
+    name = next((name for name in run.plan.units if name.endswith(":hidden-channels")), "") if run.plan else ""
+    if not run.plan or not name:
+        return None
+    return _size_tile("Hidden size", run.plan.units[name], len(run.plan.kept[name]), formatting.count)
 
 
 def _quality_tile(headline: HeadlineScore | None) -> Tile | None:

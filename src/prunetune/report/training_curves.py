@@ -73,13 +73,16 @@ def training_figures(run: RunFiles) -> list[ReportFigure]:
     """The figures that the log has data for."""
     log, target = run.metrics, run.manifest.limits.requested_keep  # of another budget, what it leaves of the parameters
     target = get_number(run.config, "budget", "keep") if target is None else target
+    budget = run.config.get("budget")
+    is_of_model = isinstance(budget, dict) and budget.get("of") == "model"
+    counted = "all parameters" if is_of_model else "the prunable parameters"
     dashed = f"; the dashed line is the target, {target:.0%}." if target is not None else "."
     figures = [
         _loss_figure(run),
         _curve_figure(
             run, "kept", "Share kept against the target", [training_curve(log, "kept", svg.PRUNED)],
             kind="share", target=target,
-            note=f"Share of the prunable parameters that the current decision keeps{dashed}",
+            note=f"Share of {counted} that the current decision keeps{dashed}",
         ),
         _curve_figure(
             run, "changed", "Decisions changed", [training_curve(log, "changed", svg.PRUNED)], kind="share",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -118,6 +118,11 @@ def list_runs(runs_folder: Path) -> list[RunEntry]:
         raise ConfigError(
             f"{runs_folder}: no such folder; name the one that holds the run folders, or set PRUNETUNE_HOME"
         )
+    return read_entries(folders)
+
+
+def read_entries(folders: Iterable[Path]) -> list[RunEntry]:
+    """The runs, sizes and comparisons in these folders, the newest first; what is no run is left out."""
     patterns = ("*/config.yaml", "*/sizes/*/config.yaml")
     recipes = sorted({recipe for folder in folders for pattern in patterns for recipe in folder.glob(pattern)})
     entries = [entry for recipe in recipes if (entry := _read_entry(recipe.parent))]

@@ -37,9 +37,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raises `MissingPackage` for a tracker that is not installed; called before anything is written."""
     for name in names:
         if not is_installed(PACKAGES[name]):
-            raise MissingPackage(
-                f"report_to: {name} is not installed; run: pip install 'prunetune[track]', or {PACKAGES[name]}"
-            )
+            raise MissingPackage(f"report_to: {name} is not installed; run: pip install {PACKAGES[name]}")
 
 
 def _send_table_and_page(tracker: Any, table: str, report: Path, step: int) -> None:

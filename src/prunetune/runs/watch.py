@@ -65,7 +65,10 @@ def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
     files = [folder.path / name for name in ("metrics.jsonl", "validation.jsonl", "manifest.json", "config.yaml")]
     written = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
     report = folder.path / "report.html"
-    is_finished = report.exists() and written <= report.stat().st_mtime
+    if manifest.status is None:  # of version 0.1.0, which recorded none
+        is_finished = report.exists() and written <= report.stat().st_mtime
+    else:
+        is_finished = report.exists() and manifest.status in ("done", "gate failed")
     return RunSnapshot(
         folder.path.resolve().name,
         config.train.steps,
@@ -74,6 +77,7 @@ def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
         manifest,
         max(0.0, time.time() - written),
         is_finished,
+        manifest.status in ("failed", "interrupted"),
     )
 
 
@@ -96,15 +100,23 @@ def watch_run(path: Path, *, console: Console | None = None, interval: float = R
     console = console or Console(file=sys.stdout)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            snapshot = read_snapshot(*active_run(path))
-            if not snapshot.is_finished and snapshot.idle_seconds > LOCK_CHECK_SECONDS:
-                # One of several sizes is locked with the run around it: RUN/sizes/0.6.
-                is_running = is_locked(path) or is_locked(path.absolute().parent.parent)
-                snapshot = replace(snapshot, is_stopped=not is_running)
+            snapshot = take_snapshot(path)
             live.update(render_snapshot(snapshot), refresh=True)
             if snapshot.is_finished or snapshot.is_stopped or snapshot.idle_seconds > STOPPED_AFTER_SECONDS:
                 return
             time.sleep(interval)
+
+
+def take_snapshot(path: Path) -> RunSnapshot:
+    """The state of a run, or of the size that it works on; asks whether a process does if nothing was written lately.
+
+    Raises `RunFolderError` for no run folder.
+    """
+    snapshot = read_snapshot(*active_run(path))
+    if snapshot.is_finished or snapshot.is_stopped or snapshot.idle_seconds <= LOCK_CHECK_SECONDS:
+        return snapshot
+    # One of several sizes is locked with the run around it: RUN/sizes/0.6.
+    return replace(snapshot, is_stopped=not (is_locked(path) or is_locked(path.absolute().parent.parent)))
 
 
 def active_run(path: Path) -> tuple[RunFolder, RunConfig]:
@@ -121,13 +133,13 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
-    rows.add_row("phase", plain_text(_phase_text(snapshot, last)))
     if snapshot.metrics or not snapshot.is_finished:  # a run of several sizes has its steps in their folders
         left, time_left = snapshot.seconds_left, ""
         if not snapshot.is_finished and snapshot.step < snapshot.total_steps and left is not None:
-            time_left = f", about {round(left) // 60} min {round(left) % 60:02d} s of tuning left"
+            time_left = f", about {round(left) // 60} min {round(left) % 60:02d} s left"
+        rows.add_row("", ProgressBar(total=snapshot.total_steps, completed=snapshot.step, width=40))
         rows.add_row("step", f"{snapshot.step:,} of {snapshot.total_steps:,}{time_left}")
-        rows.add_row("", ProgressBar(total=snapshot.total_steps, completed=snapshot.step, width=50))
+    rows.add_row("phase", plain_text(describe_phase(snapshot)))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
         values = [float(line[key]) for line in snapshot.metrics if isinstance(line.get(key), int | float)]
         if values:
@@ -149,7 +161,8 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     return Panel(Group(*blocks), title=plain_text(snapshot.name), title_align="left", width=100)
 
 
-def _phase_text(snapshot: RunSnapshot, last: JsonObject) -> str:
+def describe_phase(snapshot: RunSnapshot) -> str:
+    """What the run does, or how it ended and what to do."""
     if snapshot.manifest.failed:
         return f"ended: {snapshot.manifest.failed}"
     if snapshot.is_finished:
@@ -161,14 +174,14 @@ def _phase_text(snapshot: RunSnapshot, last: JsonObject) -> str:
         return f"nothing written for {minutes}: probably stopped; continue it with `prunetune run ... --resume`"
     if snapshot.step >= snapshot.total_steps:
         return "cut, check and evaluate"
-    return str(last.get("phase", "before the first step"))
+    return str(snapshot.metrics[-1].get("phase", "")) if snapshot.metrics else "before the first step"
 
 
 def _validation_table(lines: Sequence[JsonObject]) -> Table:
     names = [name for name in ("valid.accuracy", "guard.perplexity", "guard.accuracy") if name in lines[-1]]
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for name in ("validation", "phase", "kept", "valid.nll", *names):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("valid-\nation", "phase", "kept", "valid\nnll", *(name.replace(".", "\n") for name in names)):
+        table.add_column(name, justify="left" if name == "phase" else "right", no_wrap=name != "phase")
     for line in lines:
         scores = [f"{line[name]:.4g}" if isinstance(line.get(name), int | float) else "–" for name in ("nll", *names)]
         table.add_row(str(line["step"]), plain_text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}", *scores)

@@ -8,6 +8,7 @@ is *open* if the unit that contains it is kept.
 Shapes: N units of all sites, numbered through site after site; U units of one site, in G groups.
 """
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, children_by_site, kept_mask
+from prunetune.pruning.units import Site, children_by_site, count_params, kept_mask
 
 SiteWidths = Mapping[str, int]  # site name -> units that each open group keeps
 
@@ -44,7 +45,7 @@ class NestedSites:
             for site in sites:
                 kept = kept_mask(larger_plan.kept[site.name], site.units)
                 self.max_widths[site.name] = int(kept.view(site.parent_groups, -1).sum(1).max())
-        if scores is not None:
+        if scores is not None and self.sites:
             joined = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
             # Unit numbers, group after group: by descending score, first those that the larger plan keeps.
             lengths = torch.tensor([site.units_per_group for site in sites for _ in range(site.parent_groups)])
@@ -56,6 +57,13 @@ class NestedSites:
             ranked = by_score[sort_keys[by_score].argsort(stable=True)]
             self.ranked_units = self._split_by_site(ranked)
             self.ranked_scores = self._split_by_site(joined[ranked].double())
+
+    def with_sites(self, sites: Sequence[Site]) -> "NestedSites":
+        """The same ranking over these sites, which differ in parameters only."""
+        other = copy.copy(self)
+        other.sites, other.sites_by_name = tuple(sites), {site.name: site for site in sites}
+        other.child_sites = children_by_site(sites)
+        return other
 
     def _split_by_site(self, values: Tensor) -> dict[str, Tensor]:
         """[N] -> {site: [G, U / G]}."""
@@ -96,15 +104,16 @@ class NestedSites:
 
     def total_params(self, widths: SiteWidths) -> int:
         """Prunable parameters of all sites under these widths."""
-        roots = (site for site in self.sites if not site.parent)
-        return sum(widths[site.name] * site.parent_groups * self.params_with_children(site, widths) for site in roots)
+        return int(count_params(self.sites, self.kept_unit_counts(widths, self.sites)))
 
     def kept_unit_counts(self, widths: SiteWidths, sites: Sequence[Site]) -> dict[str, int]:
         """{site: units kept in all its groups} of these sites."""
         return {site.name: widths[site.name] * self.open_parent_groups(site, widths) for site in sites}
 
-    def best_plan(self, widths: SiteWidths) -> Plan:
-        """The plan that keeps the best units of every open group, as many as these widths say."""
+    def best_units(self, widths: SiteWidths) -> dict[str, Tensor]:
+        """{site: bool [U]}: the best units of every open group, as many as these widths say."""
+        if not self.sites:
+            return {}
         best = torch.cat([self.ranked_units[site.name][:, : widths[site.name]].flatten() for site in self.sites])
         is_best = torch.zeros(sum(site.units for site in self.sites), dtype=torch.bool).index_fill_(0, best, True)
         kept = self._split_by_site(is_best)
@@ -112,5 +121,9 @@ class NestedSites:
             if parent := self.parent(site):
                 groups_per_unit = site.parent_groups // parent.units
                 kept[site.name] &= kept[parent.name].flatten().repeat_interleave(groups_per_unit)[:, None]
-        indices = {name: tuple(mask.flatten().nonzero()[:, 0].tolist()) for name, mask in kept.items()}
+        return {name: mask.flatten() for name, mask in kept.items()}
+
+    def best_plan(self, widths: SiteWidths) -> Plan:
+        """The plan that keeps these units."""
+        indices = {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in self.best_units(widths).items()}
         return Plan(indices, {site.name: site.units for site in self.sites})

@@ -1,12 +1,12 @@
 """Rules of a legal plan: multiples that widths have to be, least numbers of units, layers that keep everything."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.errors import PlanError
-from prunetune.pruning.units import Site, UnitKind
+from prunetune.pruning.units import Site, UnitKind, count_params, prunable_params
 
 EXPERT_ROW_ALIGN = 8  # grouped kernels for experts want rows of 16 bytes
 
@@ -26,7 +26,16 @@ class PlanConstraints:
     min_queries: int = 1  # least query heads of a KV group
     protected: frozenset[int] = frozenset()  # layers that keep everything
     limits: BudgetLimits | None = None  # budgets other than a share of the parameters
+    budget_of: str = "decoder"  # or "model": what `budget.keep` is a share of
+    model_params: int = 0  # of the whole dense model, if the budget is of that
+    original_params: int = 0  # the same with all tokens, if `budget.vocab` has pruned some; then the share is of these
     tensor_parallel: int = 1  # KV groups and MLP widths are multiples of this, so that as many devices share a layer
+
+    def unit_price(self, site: Site) -> float:
+        """What a unit and all that it contains take of the budget: parameters, or prices under limits."""
+        if self.limits and self.limits.prices_with_children:
+            return self.limits.prices_with_children[site.name]
+        return site.total_unit_params + (site.outer_params if self.budget_of == "model" else 0)
 
 
 def default_align(sites: Sequence[Site]) -> int:
@@ -40,9 +49,27 @@ def default_align(sites: Sequence[Site]) -> int:
 
 def block_size(site: Site, constraints: PlanConstraints) -> int:
     """Units of a group that are added or removed together."""
+    if site.kind is UnitKind.HIDDEN_CHANNEL:  # of the dense width, as blocks of quantised weights lie along it
+        return 128 if site.units >= 4096 else 64 if site.units >= 512 else 32 if site.units >= 256 else 8
     if site.kind.is_channel:
         return math.lcm(constraints.align, constraints.tensor_parallel)
     return constraints.tensor_parallel if site.kind.is_divided_by_tensor_parallel else 1
+
+
+def budget_params(sites: Sequence[Site], counts: Mapping[str, int], constraints: PlanConstraints) -> int:
+    """Parameters that `budget.keep` counts, under {site: units kept}: of decoder layers, or of the whole model."""
+    params = int(count_params(sites, counts))
+    if constraints.budget_of == "decoder":
+        return params
+    outer = sum((site.units - counts[site.name]) * site.outer_params for site in sites)
+    return constraints.model_params - (prunable_params(sites) - params) - outer
+
+
+def budget_share(sites: Sequence[Site], counts: Mapping[str, int], constraints: PlanConstraints) -> float:
+    """The share that `budget.keep` limits, under {site: units kept}."""
+    dense = {site.name: site.units for site in sites}
+    whole = constraints.original_params or budget_params(sites, dense, constraints)
+    return budget_params(sites, counts, constraints) / whole
 
 
 def check_tensor_parallel(sites: Sequence[Site], constraints: PlanConstraints) -> None:
@@ -67,6 +94,7 @@ def min_width(site: Site, constraints: PlanConstraints) -> int:
     lowest = {
         UnitKind.MLP_CHANNEL: size,
         UnitKind.EXPERT_CHANNEL: size,
+        UnitKind.HIDDEN_CHANNEL: size,
         UnitKind.KV_GROUP: size * math.ceil(max(site.min_units_per_group, constraints.min_groups) / size),
         UnitKind.QUERY_HEAD: max(1, constraints.min_queries),
         UnitKind.EXPERT: max(site.min_units_per_group, constraints.min_experts),

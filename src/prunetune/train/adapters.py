@@ -12,7 +12,7 @@ from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed, stored_axis
 from prunetune.pruning.sites import lora_target_modules
-from prunetune.pruning.units import Site, kept_indices, removed_linears
+from prunetune.pruning.units import Site, hidden_site, kept_indices, removed_linears, without_removed_modules
 from prunetune.train.lora_forward import use_fused_forward
 
 ADAPTER_NAME = "default"
@@ -62,10 +62,8 @@ def copy_adapters(model: nn.Module, adapters: Mapping[str, Tensor]) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights that are tuned, by name, in the model's order: adapters, or all that require a gradient once merged."""
-    named = dict(model.named_parameters())
-    adapters = {name: parameter for name, parameter in named.items() if ".lora_" in name}
-    return adapters or {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    """Weights that are tuned, by name, in the model's order: adapters, and all that require a gradient."""
+    return {name: weight for name, weight in model.named_parameters() if ".lora_" in name or weight.requires_grad}
 
 
 @contextmanager
@@ -123,6 +121,11 @@ def expand_tensors(
 
 def _kept_entries(model: nn.Module, plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[str, int, Tensor, int]]:
     """(name, axis, kept entries along it, entries in the model) of each adapter and weight that a cut shortens."""
+    sites = tuple(sites)
+    if (hidden := hidden_site(without_removed_modules(sites, plan))) and len(plan.kept[hidden.name]) < hidden.units:
+        index = torch.tensor(plan.kept[hidden.name])
+        for param in hidden.weights.params:
+            yield param.parameter, param.axis, index, hidden.units
     for (module, axis), index in kept_indices(plan, sites).items():
         linear = get_base_linear(model, module)
         yield _weight_name(module, axis), axis, index, axis_size(linear, axis)

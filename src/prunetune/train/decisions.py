@@ -75,12 +75,11 @@ def score_units(
     `sites` are those of the model as it is, which the plan has cut.
     """
     importance = gate_importance(job, passes, guard, sites, step)
-    limits, dense = job.constraints.limits, {site.name: site for site in job.sites}
-    scores = {}
+    dense, scores = {site.name: site for site in job.sites}, {}
     for site in sites:
-        price = float(site.total_unit_params)
-        if limits and limits.prices_with_children:
-            price *= limits.prices_with_children[site.name] / dense[site.name].total_unit_params
+        price = job.constraints.unit_price(site)
+        if job.constraints.limits:  # whose prices are of dense units
+            price *= site.total_unit_params / dense[site.name].total_unit_params
         scores[site.name] = importance[site.name] / price
     return in_dense_numbering(scores, job.sites, plan)
 

@@ -11,7 +11,7 @@ from prunetune.config.score_limits import ScoreLimit
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, hidden_site
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.forward import Teacher
@@ -81,4 +81,5 @@ class TrainingJob:
     def weight_owner(self) -> Any | None:
         """The model, if any, that owns frozen dense weights which the student shares after the cut: the teacher."""
         shares = self.teacher is not None and self.teacher.shares_weights and self.config.train.weights != "all"
+        shares = shares and hidden_site(self.sites) is None  # views are of rows or columns, and these lose both
         return self.teacher.model if self.teacher and shares else None

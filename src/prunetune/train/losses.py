@@ -64,8 +64,10 @@ def distill_hidden_loss(outputs: ForwardOutputs) -> Tensor:
     """Relative squared error of every layer's output, mean over layers, over the tokens on which the teacher counts."""
     teacher, loss = outputs.teacher, compile_once(relative_error) if outputs.compiled else checkpointed_relative_error
     assert teacher is not None
-    pairs = zip(outputs.layer_outputs, teacher.layer_outputs, strict=True)
-    errors = torch.stack([loss(output, target) for output, target in pairs])
+    student, targets = outputs.model, teacher.layer_outputs
+    if (kept := getattr(student, "kept_hidden_channels", None)) is not None:  # its stream is narrower
+        targets = [target.index_select(-1, kept) * student.stream_scale for target in targets]
+    errors = torch.stack([loss(*pair) for pair in zip(outputs.layer_outputs, targets, strict=True)])
     return (errors.mean(0) * teacher.inputs.token_mask).sum()
 
 

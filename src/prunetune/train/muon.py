@@ -21,7 +21,7 @@ WARMUP = 20  # updates, because momentum starts at zero
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices, each of which has a gradient at every update."""
+    """Muon for matrices; a vector counts as one of a single row, and a norm before a removed block has no gradient."""
 
     def __init__(self, weights: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(list(weights), {"lr": lr})
@@ -42,15 +42,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self, inputs: Sequence[Tensor]) -> None:
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
-        for weight in self._weights:
-            shapes.setdefault(tuple(weight.shape), []).append(weight)
+        for weight in (weight for weight in self._weights if weight.grad is not None):
+            shapes.setdefault((weight.numel() // weight.shape[-1], weight.shape[-1]), []).append(weight)
         for (rows, columns), weights in shapes.items():
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            buffers = [self.state[weight]["momentum"] for weight in weights]
+            gradients = [weight.grad.view(rows, columns) for weight in weights if weight.grad is not None]
+            buffers = [self.state[weight]["momentum"].view(rows, columns) for weight in weights]
             torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
             nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))
             updates = orthogonalize(nesterov).float() * (-ADAMW_UPDATE_RMS * max(rows, columns) ** 0.5 * inputs[0])
-            torch._foreach_add_(weights, list(updates.unbind()))
+            torch._foreach_add_([weight.view(rows, columns) for weight in weights], list(updates.unbind()))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

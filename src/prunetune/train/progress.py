@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prunetune.pruning.units import kept_share
+from prunetune.pruning.units import effective_gates
+from prunetune.search.plan_rules import budget_share
 from prunetune.search.select import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors
@@ -63,7 +64,7 @@ class TrainingProgress:
         decision = Decision.from_plan(plan, job.sites) if plan else Decision(dense_gates)
         if state is not None and plan:
             self.recorded, self.gates = decision, decision.gates
-            self.kept = float(kept_share(decision.gates, job.sites))
+            self.kept = self._share_of_budget()
         return decision
 
     def record_step(self, record: JsonObject, decision: Decision) -> None:
@@ -71,7 +72,7 @@ class TrainingProgress:
         job, self.step, before, is_new = self.job, record["step"], self.gates, decision is not self.recorded
         if is_new:
             self.gates = detach_to(decision.gates, "cpu")  # one transfer, not many small sums on a GPU
-            self.kept = float(kept_share(self.gates, job.sites))
+            self.kept = self._share_of_budget()
         record["kept"] = self.kept
         record["seconds"] = time.monotonic() - self.started
         if before and is_new:  # share of all units whose gate changed
@@ -83,6 +84,12 @@ class TrainingProgress:
         if self.schedule.cut_at(self.step - 1) or (record["phase"] == "search" and is_logged):
             record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
+
+    def _share_of_budget(self) -> float:
+        """The share that the newest decision keeps, as `budget.keep` counts it."""
+        gates = effective_gates(self.gates, self.job.sites)
+        counts = {name: int(gate.sum()) for name, gate in gates.items()}
+        return budget_share(self.job.sites, counts, self.job.constraints)
 
     def save_if_due(self, decision: Decision) -> None:
         """Save a checkpoint every `train.checkpoint_every` steps, and where a phase ends."""

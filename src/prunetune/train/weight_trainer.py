@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
+from prunetune.pruning.hidden_channels import keep_norm_scale
 from prunetune.pruning.remaining_sites import plan_within, remaining_sites
+from prunetune.pruning.units import hidden_site
 from prunetune.search.select import Decision, detach_to
 from prunetune.train.adapters import cut_tensors, trainable_parameters
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
@@ -92,7 +94,10 @@ class WeightTrainer:
 
     def apply_cut(self, plan: Plan, steps: int) -> None:
         """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
-        self.cut_layers(plan if self.plan is None else plan_within(plan, self.plan), self.sites, self.plan)
+        relative = plan if self.plan is None else plan_within(plan, self.plan)
+        if hidden := hidden_site(self.sites):
+            keep_norm_scale(self.job.model, hidden, len(relative.kept[hidden.name]))
+        self.cut_layers(relative, self.sites, self.plan)
         self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
         self.passes.use_sites(self.sites, steps)
         if self.job.config.train.weights == "all" and not self.is_merged:

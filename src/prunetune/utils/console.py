@@ -4,19 +4,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column
+from rich.text import Text
 
 from prunetune.utils.json_lines import JsonObject, is_cut
 from prunetune.utils.untrusted import printable
@@ -60,7 +55,7 @@ class PlainConsole:
 
 
 class SilentConsole:
-    """Prints nothing; for ranks other than 0."""
+    """Prints nothing; for --quiet, and for ranks other than 0."""
 
     def stage(self, *_: Any, **__: Any) -> None:
         """Print nothing."""
@@ -69,25 +64,22 @@ class SilentConsole:
 
 
 class LiveConsole:
-    """A progress bar with the time left, the loss and the memory in use."""
+    """Two lines at the bottom of a terminal of any width: bar, step, time left and stage; below them the figures.
+
+    Stages that are done, and log lines, stay above.
+    """
 
     def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-        )
-        self.progress = Progress(*columns, console=RichConsole(stderr=True))
+        console = RichConsole(stderr=True)
+        columns = (BarColumn(max(8, min(40, console.width // 5))), _StepsColumn(), _StageColumn())
+        self.progress = _TwoLines(*columns, console=console, expand=True, transient=True, speed_estimate_period=600)
         self.task: TaskID | None = None
         self.validation_text = ""
 
     def stage(self, name: str, total: int) -> None:
         self._finish()
         self.progress.start()
-        self.task = self.progress.add_task(name, total=total or None, text="")
+        self.task = self.progress.add_task(printable(name), total=total or None, text="")
 
     def step(self, record: JsonObject) -> None:
         self._update(record["step"], f"{format_step(record)} {self.validation_text}")
@@ -99,7 +91,7 @@ class LiveConsole:
         self._update(done, task, total)
 
     def close(self) -> None:
-        """Finish the bar and restore the terminal."""
+        """Finish the stage and restore the terminal."""
         self._finish()
         self.progress.stop()
 
@@ -109,9 +101,48 @@ class LiveConsole:
 
     def _finish(self) -> None:
         if self.task is not None:
-            total = self.progress.tasks[-1].total or 1
-            self.progress.update(self.task, total=total, completed=total)
-        self.task = None
+            task = self.progress.tasks[-1]
+            line = f"{format_seconds(task.elapsed or 0)} {task.description}"
+            self.progress.console.print(Text(line, no_wrap=True, overflow="ellipsis"))
+            self.progress.remove_task(self.task)
+        self.task, self.validation_text = None, ""
+
+
+class _StepsColumn(ProgressColumn):
+    """ "120/3000 12:34 left", or the time so far where the number of steps is not known."""
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(format_seconds(task.elapsed or 0))
+        left = "" if task.finished else f" {format_seconds(task.time_remaining)} left"
+        return Text(f"{task.completed:.0f}/{task.total:.0f}{left}")
+
+
+class _StageColumn(ProgressColumn):
+    """The name of the stage, in the columns that remain."""
+
+    def get_table_column(self) -> Column:
+        return Column(ratio=1, no_wrap=True, overflow="ellipsis")
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description)
+
+
+class _TwoLines(Progress):
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["text"], no_wrap=True, overflow="ellipsis", style="dim") for task in self.tasks)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """ "1:02:03", "02:03", or "-:--" where it is not known."""
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"
 
 
 def format_step(record: JsonObject) -> str:
@@ -130,17 +161,23 @@ def format_validation_scores(record: JsonObject) -> str:
     return "".join(f", {name} {record[name]:.4g}" for name in names if name in record)
 
 
-def make_console(log_every: int) -> PlainConsole | LiveConsole:
-    """A live console in a terminal, a plain one elsewhere."""
-    return LiveConsole() if sys.stderr.isatty() else PlainConsole(log_every)
+def make_console(log_every: int) -> PlainConsole | LiveConsole | SilentConsole:
+    """A live console in a terminal, a plain one elsewhere; a silent one if logger "prunetune" is set above INFO."""
+    if logging.getLogger("prunetune").level > logging.INFO:
+        return SilentConsole()
+    return LiveConsole() if sys.stderr.isatty() and RichConsole().is_interactive else PlainConsole(log_every)
+
+
+@contextmanager
+def show_stage(name: str) -> Iterator[PlainConsole | LiveConsole | SilentConsole]:
+    """Show that the block, of a length not known, is at work."""
+    with closing(make_console(1)) as console:
+        console.stage(name, 0)
+        yield console
 
 
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A function for the block that shows how far an evaluation is: task, items done, items in all."""
-    console = make_console(1)
-    console.stage("evaluate", 1)
-    try:
+    with show_stage("evaluate") as console:
         yield console.evaluation_progress
-    finally:
-        console.close()

@@ -128,9 +128,15 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
+STANDARD_OUTPUT = Path("-")
+
+
 def check_writable(path: Path | None, flag: str) -> None:
-    """Check that a file named by `flag` can be written, before anything is computed; raises `ConfigError`."""
-    if path is None:
+    """Check that a file named by `flag` can be written, before anything is computed; raises `ConfigError`.
+
+    None, and "-" for standard output, are no files.
+    """
+    if path is None or path == STANDARD_OUTPUT:
         return
     target = Path(os.path.realpath(path))  # of a link that leads nowhere yet, the file that will be made
     if path.is_dir() or not (path.exists() or target.parent.is_dir()):

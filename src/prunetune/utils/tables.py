@@ -5,13 +5,15 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from prunetune.utils.untrusted import printable
 
-MIN_WIDTH = 80  # columns that a table may take in a narrower terminal, too
+MIN_WIDTH = 60  # columns that a table may take in a narrower terminal, too
+MIN_TEXT_WIDTH = 8  # columns that a text is folded into at least
 UNLIMITED_WIDTH = 10_000  # columns in files and pipes: rows are not broken, so that grep finds them
 
 
@@ -25,15 +27,19 @@ def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], *, width
 
     A heading that begins with ">" is of numbers: its column is set to the right and never broken. A row may end early.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for heading in headings:
+    table, least = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=""), 0
+    lines = [headings, *rows]
+    for place, heading in enumerate(headings):
         is_number, heading = heading.startswith(">"), heading.removeprefix(">")
         justify: JustifyMethod = "right" if is_number else "left"
         table.add_column(plain_text(heading), justify=justify, no_wrap=is_number, overflow="fold")
-    for row in rows:
+        widest = max(cell_len(line[place].removeprefix(">")) for line in lines if place < len(line))
+        least += 2 + (widest if is_number else min(widest, MIN_TEXT_WIDTH))
+    for row in lines[1:]:
         table.add_row(*map(plain_text, row))
-    file, width = io.StringIO(), width or table_width()
-    Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(table)
+    file = io.StringIO()
+    console = Console(file=file, width=UNLIMITED_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(table, width=max(least, width or table_width()))  # in fewer, rich would leave digits out
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 

@@ -336,7 +336,12 @@ def test_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
     assert "organ / c3" in out
     assert "1 of 1 limits broken" in err
     assert ElementTree.parse(tmp_path / "c.xml").getroot().get("failures") == "1"
-    assert [failure["id"] for failure in json.loads((tmp_path / "c.json").read_text())["failures"]] == ["c3"]
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert [failure["id"] for failure in written["failures"]] == ["c3"]
+    printed = say("check", tmp_path / "new.json", "--suite", suite, "--against", tmp_path / "old.json", "--json", "-")[
+        1
+    ]
+    assert json.loads(printed) == written
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -172,7 +172,7 @@ def test_result_says_that_llama_cpp_did_not_run(tmp_path: Path, monkeypatch: pyt
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
     result = export_run(run, "gguf")
-    assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(result)
+    assert "not run in llama.cpp: not installed; run: pip install 'xllamacpp" in str(result)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -272,10 +272,10 @@ def test_export_refuses_values_beyond_float16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", tensors.MIXES)
-def test_mix_without_its_library_names_the_extra(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mix_without_its_library_names_its_package(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=rf"GGUF in {dtype} needs xllamacpp.*prunetune\[llamacpp\]"):
+    with pytest.raises(MissingPackage, match=rf"GGUF in {dtype} needs xllamacpp; run: pip install 'xllamacpp>="):
         export_run(run, "gguf", options=ExportOptions(dtype=dtype))
     assert not list(run.rglob("*.gguf*"))
 

@@ -23,8 +23,11 @@ ERRORS_ONLY = 1  # log level; by default llama.cpp logs several lines a reply
 FORCED = 1e4  # added to the logit of a forced token; the reported log-probability does not include it
 
 
-def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False) -> Any:
-    """Start llama.cpp's server on a file. Raises `ModelError`.
+def start_server(
+    file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False,
+    host: str = "127.0.0.1", port: int = 0,
+) -> Any:  # fmt: skip
+    """Start llama.cpp's server on a file; port 0 is any that is free. Raises `ModelError`.
 
     `context` is in tokens of all slots together, 0: the model's own. `threads`, 0: as many as PyTorch uses, since
     llama.cpp counts the machine's cores and not the container's.
@@ -32,6 +35,7 @@ def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int =
     llama = import_optional("xllamacpp", extra="llamacpp", use=f"model {file}")
     params = llama.CommonParams()
     params.model.path, params.verbosity = str(file), ERRORS_ONLY
+    params.hostnames, params.port, params.model_alias = [host], port, {file.stem}
     params.n_ctx, params.n_parallel = context, slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
     if on_cpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +34,8 @@ from prunetune.model.reduced_vocabulary import reduced_model_of
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import require_installed
 from prunetune.utils.untrusted import read_text
+
+log = logging.getLogger(__name__)
 
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
@@ -189,6 +192,7 @@ class CheckpointBackend:
     def _local(self) -> LocalModel:
         device = pick_device(self.options.device)
         dtype = pick_dtype(self.options.dtype, device)
+        log.info("loading %s", public_url(self.name))
         trust = self.options.trust_remote_code
         opened = load_model_and_tokenizer(self.name, device=device, dtype=dtype, trust_remote_code=trust)
         return LocalModel(opened.model, opened.tokenizer, name=self.name, max_tokens=self.options.max_tokens)

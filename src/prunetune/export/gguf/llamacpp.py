@@ -1,12 +1,13 @@
 """Checks a GGUF file in llama.cpp (xllamacpp): next tokens against transformers in float32, and texts' tokens."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from prunetune.errors import SelfCheckFailed
 from prunetune.export.source import ExportSource
 from prunetune.utils.optional import is_installed
 
+log = logging.getLogger(__name__)
 STEPS = 16  # greedy tokens
 TIE_MARGIN = 1e-3  # if the two best logits differ by less than this share of the largest, rounding may swap them
 CHECK_TEXTS = (
@@ -112,8 +114,9 @@ def reference_continuations(
     source: ExportSource, prompts: Sequence[Sequence[int]], steps: int = STEPS
 ) -> list[GreedyContinuation]:
     """Greedy continuations of the checkpoint in stock transformers, float32, in a fresh process."""
+    log.info("generating %d tokens with transformers", steps * len(prompts))
     folder = str(source.folder.absolute())
-    answers = _run_script(REFERENCE_SCRIPT, [folder], {"prompts": prompts, "steps": steps}, f"{source.folder}")
+    answers = run_script(REFERENCE_SCRIPT, [folder], {"prompts": prompts, "steps": steps}, f"{source.folder}")
     return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in answers]
 
 
@@ -125,23 +128,35 @@ def compare_tokens(
     threads: int = 0,
 ) -> TokenAgreement:
     """Compare llama.cpp's next token after every prefix of the references, and its tokens of `CHECK_TEXTS`."""
-    prefixes = [
+    log.info("generating them with llama.cpp")
+    prefixes = prefixes_of(prompts, references)
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    request = {"ids": prefixes, "texts": CHECK_TEXTS, "context": 8 + max(map(len, prefixes)), "threads": threads}
+    answer = run_script(LLAMACPP_SCRIPT, [str(file.absolute())], request, f"{file} in llama.cpp")
+    text_tokens = source.tokenizer(list(CHECK_TEXTS), add_special_tokens=False)["input_ids"]
+    texts = sum(list(ours) == theirs for ours, theirs in zip(text_tokens, answer["tokens"], strict=True))
+    return replace(count_agreement(answer["next"], references), texts=texts)
+
+
+def prefixes_of(prompts: Sequence[Sequence[int]], references: Sequence[GreedyContinuation]) -> list[list[int]]:
+    """Every prompt with every beginning of its continuation, after each of which a token is asked for."""
+    return [
         [*prompt, *reference.tokens[:step]]
         for prompt, reference in zip(prompts, references, strict=True)
         for step in range(len(reference.tokens))
     ]
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    request = {"ids": prefixes, "texts": CHECK_TEXTS, "context": 8 + max(map(len, prefixes)), "threads": threads}
-    answer = _run_script(LLAMACPP_SCRIPT, [str(file.absolute())], request, f"{file} in llama.cpp")
+
+
+def count_agreement(tokens: Sequence[int], references: Sequence[GreedyContinuation]) -> TokenAgreement:
+    """How many of a runtime's next tokens after `prefixes_of` are those of the references; no texts are compared."""
     expected = [token for reference in references for token in reference.tokens]
     gaps = [gap for reference in references for gap in reference.gaps]
-    different = [step for step, token in enumerate(answer["next"]) if token != expected[step]]
-    text_tokens = source.tokenizer(list(CHECK_TEXTS), add_special_tokens=False)["input_ids"]
+    different = [step for step, token in enumerate(tokens) if token != expected[step]]
     return TokenAgreement(
         steps=len(expected),
         equal=len(expected) - len(different),
         ties=sum(gaps[step] < TIE_MARGIN for step in different),
-        texts=sum(list(ours) == theirs for ours, theirs in zip(text_tokens, answer["tokens"], strict=True)),
+        texts=0,
     )
 
 
@@ -152,7 +167,7 @@ def _error_line(output: str) -> str:
     return (own or ([line for line in lines if "error" in line.lower()] or lines or [""])[-1:])[0].strip()
 
 
-def _run_script(script: str, arguments: list[str], request: Any, name: str) -> Any:
+def run_script(script: str, arguments: list[str], request: Any, name: str) -> Any:
     """Run a script that reads and writes JSON; raises `SelfCheckFailed` if it writes no answer."""
     with tempfile.TemporaryDirectory() as scratch:
         request_file, answer_file = Path(scratch) / "request.json", Path(scratch) / "answer.json"

@@ -16,7 +16,9 @@ from prunetune.export.gguf.tokenizer import add_tokenizer
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
+from prunetune.utils.optional import install_command
 
+log = logging.getLogger(__name__)
 DTYPES = ("f16", "f32", "bf16", "q8_0", *MIXES)
 EXACT_DTYPES = ("f32", "f16")  # in these llama.cpp must generate the tokens of transformers in float32
 
@@ -32,11 +34,13 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     arch, config, dtype = select_architecture(source), source.config, options.dtype
     if dtype in MIXES:
         require_library(dtype)
+    log.info("writing %.1f M parameters as %s, %s", source.params / 1e6, arch.name, dtype)
     tensors, tokenizer_note = write_gguf(source, path, dtype)
+    log.info("reading %.1f MB back", path.stat().st_size / 1e6)
     verify_tensors(source, path, tensors)
     readback = RuntimeCheck(f"gguf {version('gguf')}", f"{len(tensors)} tensors of {dtype} read back, equal to the bit")
     # Next tokens in llama.cpp and transformers.
-    in_llamacpp = RuntimeCheck("llama.cpp", "install it with pip install 'prunetune[llamacpp]'", ran=False)
+    in_llamacpp = RuntimeCheck("llama.cpp", f"not installed; run: {install_command('llamacpp')}", ran=False)
     if runtime := llamacpp.runtime_version():
         prompts = llamacpp.check_prompts(source)
         agreement = llamacpp.compare_tokens(path, source, prompts, llamacpp.reference_continuations(source, prompts))
