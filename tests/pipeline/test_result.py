@@ -78,9 +78,9 @@ def test_scores_of_several_sizes_name_the_size(tmp_path: Path) -> None:
         run.model()
 
 
-def test_scores_without_pandas_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_without_pandas_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(MissingPackage, match=r"needs the package pandas; run: pip install 'prunetune\[notebook\]"):
+    with pytest.raises(MissingPackage, match=r"needs the package pandas; run: pip install 'pandas"):
         _ = finished_run().scores
 
 
