@@ -7,6 +7,8 @@ a line above a table: the table's name (one of `TABLES`), its file, and what it 
 
     <!-- figures: floors benchmarks/quality/results/floors.json domains=legal,healthcare -->
     <!-- figures: methods RESULTS.json keep=0.6 methods=dense,fisher columns="acc,nll,-nll,ppl general/text,cost" -->
+    <!-- figures: headline FOLDER domains=legal,healthcare keeps=0.6,0.4 -->
+    <!-- figures: claims benchmarks/results.jsonl -->
     <!-- figures: summary SUMMARY.json files=legal-rates keep=0.6 -->
     <!-- figures: budgets SUMMARY.json files=legal-curves,legal-seeds methods=taylor-rank-32,flap-rank-32 -->
 
@@ -22,11 +24,11 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from merged import read_results
+from claims import claims_table
+from merged import comparison_of, megabytes_of
 
 from prunetune.compare import markdown
 
@@ -62,12 +64,6 @@ def floors_table(file: Path, domains: str) -> str:
     return f"_{made['date']}, commit {made['commit'][:9]}._\n\n" + markdown.markdown_table(head, rows) + "\n"
 
 
-@cache
-def comparison_of(file: Path, keep: float) -> dict[str, Any]:
-    """The comparison at one budget, computed from the items of a file of results."""
-    return read_results([file]).comparison([keep])
-
-
 def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str:
     """Rows of a comparison at one budget, all methods or those named, in that order."""
     comparison = comparison_of(file, float(keep))
@@ -86,6 +82,38 @@ def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str
         rows.append(cells)
     head = [f"{c[1:]} - {comparison['reference']}" if c.startswith("-") else c for c in columns.split(",")]
     return f"_{markdown.format_made(comparison)}_\n\n" + markdown.markdown_table(["method", *head], rows) + "\n"
+
+
+def headline_table(folder: Path, domains: str, keeps: str) -> str:
+    """What pruning gains and loses: the dense model with equal help, and the pruned one at each budget.
+
+    Weights are in MB of bfloat16. The last column is the loss of the best two-stage method (of those with as many seeds
+    and the same layout) minus the pruned model's, with its standard error over items, and in brackets over seeds.
+    """
+    head = [
+        "model",
+        "weights, MB",
+        "accuracy",
+        "loss",
+        "domain perplexity",
+        "general perplexity",
+        "two-stage loss - ours",
+    ]
+    table: dict[str, list[str]] = {}
+    for domain in domains.split(","):
+        file = folder / f"{domain}.json"
+        for keep in map(float, keeps.split(",")):
+            rows = {row["method"]: row for row in comparison_of(file, keep)["rows"]}
+            pruned, dense = rows["progressive"], rows["dense-equal-help"]
+            rivals = [row for row in rows.values() if row["kind"] == "two-stage" and row["seeds"] == pruned["seeds"]]
+            rivals = [row for row in rivals if not row["method"].endswith("-uniform")]
+            best = min(rivals, key=lambda row: row["scores"]["nll"]["value"])
+            lead = f"{markdown.format_difference(best['scores']['nll'])}, {best['method']}"
+            for name, row, last in (("dense", dense, ""), (f"{1 - keep:.0%} removed", pruned, lead)):
+                keys = ("acc", "nll", f"ppl {domain}/text", "ppl general/text")
+                scores = [markdown.format_number(row["scores"][key]["value"]) for key in keys]
+                table[f"{domain}, {name}"] = [f"{megabytes_of(file, row['kept']):.0f}", *scores, last]
+    return markdown.markdown_table(head, [[name, *cells] for name, cells in table.items()]) + "\n"
 
 
 def summary_rows(file: Path, files: str) -> dict[tuple[str, float], dict[str, Any]]:
@@ -127,6 +155,8 @@ def budgets_table(file: Path, files: str, methods: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "floors": floors_table,
     "methods": methods_table,
+    "headline": headline_table,
+    "claims": claims_table,
     "summary": summary_table,
     "budgets": budgets_table,
 }
