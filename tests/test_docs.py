@@ -54,13 +54,13 @@ def commands() -> list[str]:
 def test_page_of_options_is_up_to_date() -> None:
     """If this fails, run `python docs/make_recipes.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
-    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page
+    assert (ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8") == page
 
 
 def test_page_of_data_is_up_to_date() -> None:
     """If this fails, run `python docs/make_data.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_data.py"))["page"]()
-    assert (ROOT / "docs" / "data.md").read_text(encoding="utf-8") == page
+    assert (ROOT / "docs" / "guides" / "data.md").read_text(encoding="utf-8") == page
 
 
 def test_page_of_modules_is_up_to_date() -> None:
@@ -132,7 +132,7 @@ def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
     assert (demo, test) == ("prunetune demo", "python -m pytest")
     steps = re.findall(r"^step (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
     as_told, after = steps[: steps.index(test)], steps[steps.index(test) + 1 :]
-    assert [step.rpartition(" ")[2] for step in after if step.startswith("pip ")] == ["'.[quant]'"]
+    assert [step.rpartition(" ")[2] for step in after if step.startswith("pip ")] == ["'.[docs]'", "'.[quant]'"]
     assert [step for step in as_told if step.startswith("pip ")] == [step for step in set_up if step.startswith("pip ")]
 
 
@@ -157,7 +157,7 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *extras["dev"], *extras["demo"], *extras["onnx"]]
+    named = [*project["dependencies"], *extras["dev"], *extras["demo"], *extras["docs"], *extras["onnx"]]
     for requirement in map(Requirement, named):
         if requirement.name == "prunetune":  # extras of its own that dev takes in
             assert requirement.extras <= set(extras)
