@@ -63,6 +63,12 @@ def test_page_of_data_is_up_to_date() -> None:
     assert (ROOT / "docs" / "guides" / "data.md").read_text(encoding="utf-8") == page
 
 
+def test_pages_of_commands_and_metrics_are_up_to_date() -> None:
+    """If this fails, run `python docs/make_reference.py`."""
+    for name, page in runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["pages"]().items():
+        assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == page
+
+
 def test_page_of_modules_is_up_to_date() -> None:
     """If this fails, run `python docs/make_modules.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
