@@ -125,9 +125,33 @@ def test_links_in_the_docs_have_targets(page: Path) -> None:
             continue
         target_page = page.parent / file if file else page
         assert target_page.exists(), target
-        if heading:
+        if heading and target_page.suffix == ".md":
             titles = re.findall(r"^#+ (.+)$", target_page.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_messages_of_the_troubleshooting_page_are_raised_by_the_code() -> None:
+    """In the page, … stands for what the code fills in; parts of a message follow each other in one string there."""
+    page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    strings = {
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else re.sub(r"\{\w+\}", "…", str(node.value))
+        for path in (ROOT / "src" / "prunetune").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    }
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 20
+    assert [message for message in messages if not any(message.rstrip("…") in text for text in strings)] == []
+
+
+def test_figure_for_dark_pages_differs_from_the_light_one_in_colours_only() -> None:
+    light, dark = (
+        (ROOT / "docs" / "assets" / f"method-{page}.svg").read_text(encoding="utf-8") for page in ("light", "dark")
+    )
+    assert light != dark
+    assert re.sub(r"#[0-9a-f]{6}", "", light) == re.sub(r"#[0-9a-f]{6}", "", dark)
 
 
 def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
