@@ -1,6 +1,6 @@
 """C2: which runtimes open a run's model and say what it says, with their releases.
 
-    python benchmarks/deploy.py RUN [RUN ...] [--docs docs/deploy.md] [--python transformers4=/venv/bin/python ...]
+    python benchmarks/deploy.py RUN [RUN ...] [--docs docs/research/runtimes.md] [--python mlx=/venv/bin/python ...]
 
 The reference is the run's checkpoint in stock transformers, float32: 16 greedy tokens after each of two texts. Every
 runtime is asked for the next token after each of those 32 beginnings. Runtimes that need packages of their own run in

@@ -1,4 +1,4 @@
-"""The computed tables of docs/scaling.md, as Markdown: memory and operations by model, precision, rank and sequence.
+"""The computed tables of docs/guides/scaling.md and docs/research/scaling.md, as Markdown.
 
     python benchmarks/scaling_table.py [--measured FILE] [--several]
 

@@ -1,7 +1,7 @@
 """The FLOPs of a training step and of a run, from shapes alone: two a multiplication of matrices and of attention.
 
 A frozen weight takes 2 FLOPs a token forward, and 2 backward for the gradient of its input; it has no gradient itself.
-`docs/scaling.md` has the FLOPs per second measured on devices, by which a step's seconds follow.
+`docs/research/scaling.md` has the FLOPs per second measured on devices, by which a step's seconds follow.
 """
 
 from __future__ import annotations

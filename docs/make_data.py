@@ -1,4 +1,4 @@
-"""Write docs/data.md, with a row of every shape as it is read: `python docs/make_data.py`."""
+"""Write docs/guides/data.md, with a row of every shape as it is read: `python docs/make_data.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.encoding import encode
 from prunetune.data.sources import SourceRow
 
-TARGET = Path(__file__).with_name("data.md")
+TARGET = Path(__file__).parent / "guides" / "data.md"
 TEMPLATE = (
     "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
@@ -144,8 +144,8 @@ them. A name, a system message or reasoning that the template leaves out is name
 
 ## The legal and healthcare sets
 
-[recipes/legal.yaml](../recipes/legal.yaml) and [recipes/healthcare.yaml](../recipes/healthcare.yaml) name their files
-from `data.root`. A clone holds a made-up sample in the same folders and columns, which needs no network:
+[recipes/legal.yaml](../../recipes/legal.yaml) and [recipes/healthcare.yaml](../../recipes/healthcare.yaml) name their
+files from `data.root`. A clone holds a made-up sample in the same folders and columns, which needs no network:
 
 ```bash
 prunetune run recipes/legal.yaml --data.root examples/data --train.steps 20 --out runs/sample
@@ -153,7 +153,8 @@ prunetune run recipes/legal.yaml --data.root examples/data --train.steps 20 --ou
 
 Scores on it say nothing about a model. Our figures are from public sets: opinions, bills, contracts, medical questions
 and abstracts. `python benchmarks/data/build.py --out DATA` fetches them from their owners and picks the rows that we
-used. Then `--data.root DATA` takes them. [benchmarks/data](../benchmarks/data/README.md) has their licences and owners.
+used. Then `--data.root DATA` takes them. [benchmarks/data](../../benchmarks/data/README.md) has their licences and
+owners.
 """
 
 

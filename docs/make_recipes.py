@@ -1,4 +1,4 @@
-"""Write docs/recipes.md, the list of all options, from their fields: `python docs/make_recipes.py`."""
+"""Write docs/reference/options.md, the list of all options, from their fields: `python docs/make_recipes.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
 
-TARGET = Path(__file__).with_name("recipes.md")
+TARGET = Path(__file__).parent / "reference" / "options.md"
 INTRODUCTION = """\
 <!-- Written by docs/make_recipes.py from prunetune.config.recipe; change it there. -->
 # Recipes
@@ -32,7 +32,7 @@ Every option is a flag too, under its dotted name, and flags win over the recipe
 a switch takes `=true` or `=false`; underscores may be written as hyphens). An unknown key is refused with the key
 that was probably meant, and a value outside its bounds with the bounds, before anything is read or written. The run
 folder keeps the full recipe as `config.yaml`, which is a recipe itself: its relative paths start where the run was
-begun, so `--resume`, `bench`, `check` and `eval` take the folder from anywhere. Examples: [recipes/](../recipes).
+begun, so `--resume`, `bench`, `check` and `eval` take the folder from anywhere. Examples: [recipes/](../../recipes).
 
 Relative paths in a recipe start from the recipe's folder, except `out`, which starts from the working folder, as paths
 in flags do. If `data.root` is given, sources start from it. In this version a file that is only in the working folder

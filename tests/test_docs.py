@@ -54,13 +54,19 @@ def commands() -> list[str]:
 def test_page_of_options_is_up_to_date() -> None:
     """If this fails, run `python docs/make_recipes.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
-    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page
+    assert (ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8") == page
 
 
 def test_page_of_data_is_up_to_date() -> None:
     """If this fails, run `python docs/make_data.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_data.py"))["page"]()
-    assert (ROOT / "docs" / "data.md").read_text(encoding="utf-8") == page
+    assert (ROOT / "docs" / "guides" / "data.md").read_text(encoding="utf-8") == page
+
+
+def test_pages_of_commands_and_metrics_are_up_to_date() -> None:
+    """If this fails, run `python docs/make_reference.py`."""
+    for name, page in runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["pages"]().items():
+        assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == page
 
 
 def test_page_of_modules_is_up_to_date() -> None:
@@ -119,9 +125,33 @@ def test_links_in_the_docs_have_targets(page: Path) -> None:
             continue
         target_page = page.parent / file if file else page
         assert target_page.exists(), target
-        if heading:
+        if heading and target_page.suffix == ".md":
             titles = re.findall(r"^#+ (.+)$", target_page.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_messages_of_the_troubleshooting_page_are_raised_by_the_code() -> None:
+    """In the page, … stands for what the code fills in; parts of a message follow each other in one string there."""
+    page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    strings = {
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else re.sub(r"\{\w+\}", "…", str(node.value))
+        for path in (ROOT / "src" / "prunetune").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    }
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 20
+    assert [message for message in messages if not any(message.rstrip("…") in text for text in strings)] == []
+
+
+def test_figure_for_dark_pages_differs_from_the_light_one_in_colours_only() -> None:
+    light, dark = (
+        (ROOT / "docs" / "assets" / f"method-{page}.svg").read_text(encoding="utf-8") for page in ("light", "dark")
+    )
+    assert light != dark
+    assert re.sub(r"#[0-9a-f]{6}", "", light) == re.sub(r"#[0-9a-f]{6}", "", dark)
 
 
 def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
@@ -132,7 +162,7 @@ def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
     assert (demo, test) == ("prunetune demo", "python -m pytest")
     steps = re.findall(r"^step (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
     as_told, after = steps[: steps.index(test)], steps[steps.index(test) + 1 :]
-    assert [step.rpartition(" ")[2] for step in after if step.startswith("pip ")] == ["'.[quant]'"]
+    assert [step.rpartition(" ")[2] for step in after if step.startswith("pip ")] == ["'.[docs]'", "'.[quant]'"]
     assert [step for step in as_told if step.startswith("pip ")] == [step for step in again if step.startswith("pip ")]
 
 
@@ -157,7 +187,7 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    named = [*project["dependencies"], *extras["dev"], *extras["demo"], *extras["onnx"]]
+    named = [*project["dependencies"], *extras["dev"], *extras["demo"], *extras["docs"], *extras["onnx"]]
     for requirement in map(Requirement, named):
         if requirement.name == "prunetune":  # extras of its own that dev takes in
             assert requirement.extras <= set(extras)

@@ -1,4 +1,4 @@
-"""Draw the README's picture, docs/images/results.svg, from files of results; `tests/test_figures.py` holds it to them.
+"""Draw the README's picture, docs/assets/results.svg, from files of results; `tests/test_figures.py` holds it to them.
 
 python benchmarks/quality/picture.py
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from claims import RESULTS, ROOT
 from merged import comparison_of
 
-FILE = ROOT / "docs" / "images" / "results.svg"
+FILE = ROOT / "docs" / "assets" / "results.svg"
 KEEPS = (0.6, 0.4, 0.3)
 LINES = {
     "progressive": "prunetune",

@@ -237,7 +237,7 @@ print(found.models[1].cells[0].ratios["decode"].median)
 
 
 def test_script_without_main_guard_can_measure(run: Path, tmp_path: Path) -> None:
-    """As in docs/bench.md: starting a worker does not run the script again."""
+    """As in docs/guides/bench.md: starting a worker does not run the script again."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, tmp_path / "script.py", run], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -105,7 +105,7 @@ StoredFormat = Literal["q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0", "int8
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What reports, scores, logs and errors show of rows of data; see docs/security.md."""
+    """What reports, scores, logs and errors show of rows of data; see docs/guides/security.md."""
 
     samples: Literal["on", "off"] = option(
         "on", "Show rows and answers to them; off: nothing that is written or logged holds a text or an id of a row."

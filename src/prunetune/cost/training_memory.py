@@ -2,7 +2,7 @@
 
 Weights, adapters, gradients and moments are counted to the byte. Activations are those that autograd keeps of a decoder
 layer with RMSNorm-like norms and frozen linears with adapters. Kernel workspaces, fragmentation and the context of a
-CUDA process (about half a GB) are not counted. `docs/scaling.md` compares estimates with measurements.
+CUDA process (about half a GB) are not counted. `docs/research/scaling.md` compares estimates with measurements.
 """
 
 import math

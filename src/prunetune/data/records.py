@@ -176,7 +176,7 @@ def _content(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "text" in fields:
         return {"kind": "text", "completion": _text(fields["text"], "text")}
     names = shorten(", ".join(sorted(map(str, fields)))) or "no fields"
-    raise DataError(f"row has {names}; it needs {FORMS}, another known shape (docs/data.md), or data.columns")
+    raise DataError(f"row has {names}; it needs {FORMS}, another known shape (docs/guides/data.md), or data.columns")
 
 
 def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
