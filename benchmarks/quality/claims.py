@@ -1,6 +1,6 @@
-"""The figures in README's prose: each computed again from the file of results that one command wrote.
+"""The figures in the prose of README and guides: each computed again from the file of results that one command wrote.
 
-`tables.py` writes them as a table into benchmarks/README.md, and `tests/test_figures.py` holds README to them.
+`tables.py` writes them as a table into benchmarks/README.md, and `tests/test_figures.py` holds the pages to them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from merged import comparison_of, megabytes_of
 
 from prunetune.compare.markdown import markdown_table
@@ -28,16 +29,17 @@ SPEED = "llama-3-8b, 0.6 kept, prompt 2048, recorded, bfloat16: "
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure in README: its name, the words around it ({} is the figure), its form, command and file, and value."""
+    """A figure: its name, the words around it ({} is the figure), its form, command and file, value, and page."""
 
     name: str
     text: str
     form: str
     source: tuple[str, str]
     value: Callable[[], float]
+    page: str = "README.md"
 
     def figure(self) -> str:
-        """The figure as README writes it."""
+        """The figure as the page writes it."""
         return self.form.format(self.value())
 
 
@@ -74,6 +76,19 @@ def ratio(domain: str, metric: str) -> float:
     return score(domain, 0.6, metric) / score(domain, 0.6, metric, "dense-equal-help")
 
 
+def lead(domain: str, keep: float) -> float:
+    """The loss of OBS, the best two-stage method, minus that of progressive removal."""
+    return score(domain, keep, "nll", "obs") - score(domain, keep, "nll")
+
+
+def remembered(kind: str) -> list[float]:
+    """By how many percent a perplexity is below that of OBS, sorted: of the `own`, the `other` domain or `general`."""
+    other = {"legal": "healthcare", "healthcare": "legal"}
+    metric = {domain: f"ppl {({'own': domain, 'other': other[domain]}).get(kind, kind)}/text" for domain in other}
+    pairs = [(domain, keep) for domain in other for keep in (0.6, 0.4, 0.3)]
+    return sorted(100 * (1 - score(d, k, metric[d]) / score(d, k, metric[d], "obs")) for d, k in pairs)
+
+
 def floor(domain: str) -> float:
     """Mean over the tuned tasks of the best accuracy that needs no model."""
     tasks = json.loads((RESULTS / "floors.json").read_text(encoding="utf-8"))["domains"][domain].values()
@@ -92,7 +107,12 @@ def gigabytes(name: str) -> float:
 
 
 def claims() -> list[Claim]:
-    """All figures of README's prose, in its order."""
+    """All figures of the prose of README and guides, in their order."""
+    return [*readme_claims(), *guide_claims()]
+
+
+def readme_claims() -> list[Claim]:
+    """Figures of README's prose."""
     legal, two_gpus = (
         RESULTS / "legal.json",
         "Llama-3-8B geometry, 12,288 tokens, DDP on 2 GPUs over one: throughput of a tuning",
@@ -133,8 +153,59 @@ def claims() -> list[Claim]:
     ]
 
 
+def guide_claims() -> list[Claim]:
+    """Figures of the guides' prose, and of tables that no mark makes."""
+    lora = lambda domain, metric: (score(domain, 0.6, metric), score(domain, 0.6, metric, "dense"))  # noqa: E731
+    method: list[tuple[str, str, str, Callable[[], float]]] = [
+        ("lead, legal, 40%", "by {} (40% removed)", "{:.3f}", lambda: lead("legal", 0.6)),
+        ("lead, legal, 60%", "{} (60%) and", "{:.3f}", lambda: lead("legal", 0.4)),
+        ("lead, legal, 70%", "{} (70%) nats", "{:.3f}", lambda: lead("legal", 0.3)),
+        ("lead, healthcare, 60%", "{} below at 60%", "{:.3f}", lambda: lead("healthcare", 0.4)),
+        ("lead, healthcare, 70%", "{} below at 70%", "{:.3f}", lambda: lead("healthcare", 0.3)),
+        ("domain perplexity, least", "domain perplexity is {} to", "{:.0f}", lambda: remembered("own")[0]),
+        ("domain perplexity, most", "to {}% lower, general", "{:.0f}", lambda: remembered("own")[-1]),
+        ("general perplexity, least", "general perplexity {} to", "{:.0f}", lambda: remembered("general")[0]),
+        ("general perplexity, most", "to {}%, the other", "{:.0f}", lambda: remembered("general")[-1]),
+        ("other domain, least", "the other domain's {} to", "{:.0f}", lambda: remembered("other")[0]),
+        ("other domain, most", "to {}%. -", "{:.0f}", lambda: remembered("other")[-1]),
+        ("below LoRA, legal", "loss is {} below the dense", "{:.3f}", lambda: -np.subtract(*lora("legal", "nll"))),
+        ("above equal help, legal", "and {} above the dense model with", "{:.3f}", lambda: change("legal", "nll")),
+        ("above LoRA, healthcare", "it is {} above the", "{:.3f}", lambda: np.subtract(*lora("healthcare", "nll"))),
+        ("general perplexity, legal", "perplexity is {} and", "{:.1f}", lambda: np.divide(*lora("legal", GENERAL))),
+        ("the same, healthcare", "and {} times the dense", "{:.1f}", lambda: np.divide(*lora("healthcare", GENERAL))),
+    ]
+    run_8b, latency = (
+        "8B geometry, 2 x 2,048 tokens, untuned teacher",
+        "SmolLM2-135M-Instruct, legal, seed 0, 16 x (2048 + 8)",
+    )
+    int4, int8 = (f"SmolLM2-135M, per-layer, --quantize {kind}" for kind in ("int4", "int8"))
+    same = "SmolLM2 {} in transformers 5.23.0 against the gated model"
+    rows: dict[str, list[tuple[str, ...]]] = {
+        "scaling": [
+            ("8B: time, of Trainer's", "takes {} times as long", "{:.2f}", "M6", run_8b + " on half"),
+            ("8B: memory, of Trainer's", "and {} times its memory", "{:.2f}", "M6", run_8b + ": peak"),
+        ],
+        "budgets": [
+            ("a million of attention", "| {} us,", "{:,.0f}", "F4", latency, r"attention ([\d.]+),"),
+            ("a million of the MLP", "us, {} us |", "{:.0f}", "F4", latency, r"mlp ([\d.]+);"),
+            ("kept for a latency", "kept {}% of the parameters", "{:.0f}", "F4", latency, r"keeps ([\d.]+)%"),
+            ("its standard error", "(standard error {})", "{:.3f}", "F4", latency, r"error ([\d.]+)\)"),
+        ],
+        "deploy": [
+            ("logits, uniform", "logits within {} |", "{:.1e}", "C2", same.format("uniform")),
+            ("logits, per-layer", "| logits within {} |", "{:.1e}", "C2", same.format("per-layer")),
+            ("int4: error", "| int4 | {}% |", "{:.0f}", "C2", int4),
+            ("int4: tokens", "| {}% of the most likely", "{:.0f}", "C2", int4, r"(\d+)% of most"),
+            ("int4: size", "equal, {} MB instead", "{:.0f}", "C2", int4, r"([\d.]+) MB"),
+            ("int8: error", "| int8 | {}% |", "{:.0f}", "C2", int8),
+        ],
+    }
+    found = [Claim(name, text, form, COMPARED, value, "docs/method.md") for name, text, form, value in method]
+    return found + [replace(measured(*row), page=f"docs/guides/{page}.md") for page, of in rows.items() for row in of]
+
+
 def claims_table(file: Path) -> str:
     """Each figure, and the command and file that it comes from; `file` is results.jsonl."""
     assert file == ROOT / "benchmarks" / "results.jsonl"
-    rows = [[claim.name, claim.figure(), *claim.source] for claim in claims()]
-    return markdown_table(["claim", "figure", "command", "file"], rows) + "\n"
+    rows = [[claim.page.removeprefix("docs/"), claim.name, claim.figure(), *claim.source] for claim in claims()]
+    return markdown_table(["page", "claim", "figure", "command", "file"], rows) + "\n"
