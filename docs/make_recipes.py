@@ -13,7 +13,7 @@ from prunetune.config.recipe import RunConfig
 TARGET = Path(__file__).parent / "reference" / "options.md"
 INTRODUCTION = """\
 <!-- Written by docs/make_recipes.py from prunetune.config.recipe; change it there. -->
-# Recipes
+# Options
 
 A recipe is a YAML file of options. Every option has a default, so a recipe holds only what differs:
 
@@ -53,7 +53,7 @@ def page() -> str:
             owner = typing.get_type_hints(owner)[name]
         blocks.append(f"## {f'`{section}`' if section else 'The run'}\n\n{_summary(owner)}\n")
         rows = [_row(path, options[path], typing.get_type_hints(owner)[options[path].name]) for path in names]
-        blocks.append("\n".join(["| option | values | default | what it does |", "|---|---|---|---|", *rows]) + "\n")
+        blocks.append("\n".join(["| option | what it does | values | default |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(blocks)
 
 
@@ -62,7 +62,7 @@ def _summary(owner: Any) -> str:
 
 
 def _row(path: str, field: dataclasses.Field[Any], kind: Any) -> str:
-    cells = (f"`{path}`", _values(kind, field.metadata), _default(field.default), field.metadata["help"])
+    cells = (f"`{path}`", field.metadata["help"], _values(kind, field.metadata), _default(field.default))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

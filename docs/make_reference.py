@@ -37,7 +37,7 @@ perplexity for texts. A [suite](../guides/evaluate.md) names its scorers. Both c
 [in the same way](../guides/evaluate.md#how-tokens-are-counted), and every score has a
 [standard error](../guides/evaluate.md#what-the-statistics-mean).
 
-| scorer | gives | uses | options | is |
+| scorer | is | gives | uses | options |
 |---|---|---|---|---|
 """
 # How a request is called in the table, and what the scorers are that share a function with another.
@@ -74,16 +74,16 @@ def pages() -> dict[str, str]:
                 text, default = text[: known.start()], known[1]
             choices = ", ".join(f"`{choice}`" for choice in item.get_choices() or ())
             default = "required" if item.required else _default(default)
-            rows.append((f"`{shown}`", choices or _kind(item.hint), default, " ".join(text.split())))
+            rows.append((f"`{shown}`", " ".join(text.split()), choices or _kind(item.hint), default))
         if name == "data":  # the options of the section, without its prefix in the table of options
             rows = [row for row in rows if not row[0].startswith("`--data.")]
-            rows.append(("`--data.*`", "", "", "How rows are read: the [options of `data`](options.md#data)."))
+            rows.append(("`--data.*`", "How rows are read: the [options of `data`](options.md#data).", "", ""))
         usage = " ".join(["prunetune", name, *places, *(["[OPTIONS]"] if len(rows) > len(places) else [])])
         parts.append(f"## `{name}`\n\n{about}\n\n```text\n{usage}\n```\n")
-        parts.append(_table(("argument or flag", "values", "default", "what it does"), rows))
+        parts.append(_table(("argument or flag", "what it does", "values", "default"), rows))
     rows = [
-        (f"`{name}`", ", ".join(f"`{metric}`" for metric in scorer.metrics), USES[scorer.request_kind],
-         ", ".join(f"`{option}`" for option in scorer.options), _scorer_text(name))
+        (f"`{name}`", _scorer_text(name), ", ".join(f"`{metric}`" for metric in scorer.metrics),
+         USES[scorer.request_kind], ", ".join(f"`{option}`" for option in scorer.options))
         for name, scorer in SCORERS.items()
     ]  # fmt: skip
     metrics = METRICS + "".join(_row(row) + "\n" for row in rows)

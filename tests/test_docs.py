@@ -25,7 +25,7 @@ from prunetune.pruning.families import FAMILIES, architecture_info
 from support.models import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -156,6 +156,7 @@ def test_figure_for_dark_pages_differs_from_the_light_one_in_colours_only() -> N
 
 def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
     first, second = (text for page, text in blocks("bash") if page == "README.md" and "venv" in text)
+    assert first in (ROOT / "docs" / "guides" / "quickstart.md").read_text(encoding="utf-8")
     *set_up, demo = map(str.strip, first.split("&&"))
     *again, test = map(str.strip, second.split("&&"))
     assert set_up == [step.replace("[dev,demo]", "[demo]") for step in again]  # the demo needs no tools of a developer

@@ -250,8 +250,8 @@ def test_text_part_of_a_multimodal_model_opens_by_itself(wrapper: str, tmp_path:
     whole = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[wrapper](**WRAPPERS[wrapper])).eval()
     whole.save_pretrained(source)
     characters().save_pretrained(source)
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "quickstart.md").read_text()
-    script = page[page.index("from transformers import") : page.index("```\n\nOther quantised")]
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "models.md").read_text()
+    script = page[page.index("from transformers import") : page.index("```\n\n## What is refused")]
     exec(script.replace("google/gemma-3-4b-it", str(source)).replace("gemma-3-4b-text", str(target)))
     text = load_model_and_tokenizer(str(target), **ON_CPU).model
     assert load_meta_model(str(target)).config.model_type == whole.config.get_text_config().model_type
