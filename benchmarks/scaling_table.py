@@ -2,8 +2,9 @@
 
     python benchmarks/scaling_table.py [--measured FILE] [--several]
 
-Nothing is measured here: `budget.memory` and `budget.work` on shapes. With a file of lines that `training_memory.py`
-printed, each line becomes a row that sets the measurement beside the formula.
+`quality/tables.py` writes memory_table, sequence_table and replicas_table into the guide. Nothing is measured here:
+formulas of `prunetune.cost` on shapes. With a file of lines that `training_memory.py` printed, each line becomes a row
+that sets the measurement beside the formula.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from prunetune.cost.training_memory import (
 from prunetune.pipeline.prepare import resolve_auto
 
 NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
-PARTS = ("weights", "tuned", "generator", "activations", "passing")
+PARTS = ("weights", "tuned", "activations", "passing")
+CUTS = 4  # as search.cuts
 BASE = TrainingSetup(dtype_bytes=2, tokens=1024, rank=128, keep=0.6)
 
 
@@ -56,46 +58,75 @@ def in_parts(found: TrainingMemory) -> list[str]:
     return [gb(getattr(found, part)) for part in PARTS]
 
 
+def first_stage(model: TrainingShapes, setup: TrainingSetup) -> TrainingMemory:
+    """Tuning between the first cut and the second: the fullest stage of progressive removal."""
+    return estimate_memory(model, replace(setup, keep=1 - (1 - setup.keep) / CUTS), phase="tune")
+
+
 def peak(model: TrainingShapes, setup: TrainingSetup) -> int:
-    return max(
-        estimate_memory(model, replace(setup, keep=1.0), phase="scores").total,
-        estimate_memory(model, setup, phase="tune").total,
-    )
+    """Bytes of the fuller one of the scores before the first cut and the first stage."""
+    return max(estimate_memory(model, replace(setup, keep=1.0), phase="scores").total, first_stage(model, setup).total)
 
 
 VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4", True, 32))
 
 
-def memory_table() -> None:
-    print(head("model", "base", "rank", "recomputed", *PARTS, "scores", "tune", "teacher: base", "teacher: dense"))
+def memory_table() -> str:
+    """Parts of the first stage; totals of the scores, of the first and the last stage; the peak with a teacher."""
+    lines = [
+        head(
+            "model",
+            "base",
+            "rank",
+            "recomputed",
+            *PARTS,
+            "scores",
+            "first stage",
+            "last stage",
+            "teacher: base",
+            "teacher: dense",
+        )
+    ]
     for name in NAMES:
         model, base = usual(name)
         for quantize, recompute, rank in VARIANTS:
             setup = replace(base, quantize=quantize, recompute=recompute, rank=rank)
-            found, tune = (
-                estimate_memory(model, replace(setup, keep=1.0), phase="scores"),
-                estimate_memory(model, setup, phase="tune"),
-            )
+            scores = estimate_memory(model, replace(setup, keep=1.0), phase="scores")
+            first, last = first_stage(model, setup), estimate_memory(model, setup, phase="tune")
             taught = replace(setup, teacher=True, distills_hidden=True)
             peaks = [peak(model, replace(taught, teacher_is_base=shared)) for shared in (True, False)]
-            print(row(
-                name, "nf4" if quantize == "nf4" else "bf16", rank, "yes" if recompute else "no", *in_parts(found),
-                *map(gb, (found.total, tune.total, *peaks)),
+            lines.append(row(
+                name, "nf4" if quantize == "nf4" else "bf16", rank, "yes" if recompute else "no", *in_parts(first),
+                *map(gb, (scores.total, first.total, last.total, *peaks)),
             ))  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
-def sequence_table() -> None:
+def sequence_table() -> str:
+    """The peak by tokens of a pass, rank 128, without a teacher."""
     lengths = (512, 1024, 2048, 4096, 8192)
-    print(head("model", "base", "recomputed", *(f"{length} tokens a pass" for length in lengths)))
+    lines = [head("model", "base", "recomputed", *(f"{length} tokens a pass" for length in lengths))]
     for name in ("llama-3-8b", "llama-3-70b"):
         model, base = usual(name)
         for quantize, recompute in (("off", False), ("off", True), ("nf4", True)):
             setup = replace(base, quantize=quantize, recompute=recompute)
-            totals = [
-                gb(estimate_memory(model, replace(setup, tokens=length, keep=1.0), phase="scores").total)
-                for length in lengths
-            ]
-            print(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
+            totals = [gb(peak(model, replace(setup, tokens=length))) for length in lengths]
+            lines.append(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
+    return "\n".join(lines) + "\n"
+
+
+def replicas_table() -> str:
+    """70B on eight GPUs, a replica in 4 bits on each: the peak by rank and teacher."""
+    model, base = usual("llama-3-70b")
+    lines = [head("teacher", "rank 32", "rank 128")]
+    for teacher, changes in (
+        ("none", {}),
+        ("base", {"teacher": True, "distills_hidden": True, "teacher_is_base": True}),
+        ("dense", {"teacher": True, "distills_hidden": True, "teacher_is_base": False}),
+    ):
+        setup = replace(base, quantize="nf4", recompute=True, **changes)
+        lines.append(row(f"`{teacher}`", *(gb(peak(model, replace(setup, rank=rank))) for rank in (32, 128))))
+    return "\n".join(lines) + "\n"
 
 
 def work_table() -> None:
@@ -162,9 +193,9 @@ def main() -> None:
     if args.several:
         several_table()
         return
-    for table in (memory_table, sequence_table, work_table):
-        table()
-        print()
+    for table in (memory_table, sequence_table, replicas_table):
+        print(table())
+    work_table()
 
 
 if __name__ == "__main__":

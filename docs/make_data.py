@@ -107,6 +107,33 @@ data:
 
 It holds for rows that have one of these columns. Rows without any of them are read by their shape.
 
+## Splits, weights and mixtures
+
+`file*2` counts every row of a file double, and `file*0.5` half.
+
+Splits that are not given are split off train. The same seed gives the same splits, whatever the order of rows. Rows
+that share a question, or the value of the field named by `data.group`, are in one split. A question is the same with
+a completion, with choices and as a user's only message. With two lists of choices it is two.
+
+The same question in two given splits is an error. With `data.overlap: drop` it is kept in test, else in valid, else
+in search, and dropped from the others. `data.distill_texts` may repeat train, but what is split off train is left out
+of it. The manifest has the SHA-256 of every split.
+
+`task` and `id` of a row are optional. Without `task`, rows of a file `X/train.jsonl` are task X, and rows of any
+other file have the file's name as task. In CSV, `choices` and `messages` hold JSON. Digits that could be both an
+index and the text of a choice are refused.
+
+## What the loss counts
+
+The loss counts on answers only, and on all of a `text`. In a chat it counts on the answer of every turn. `data.loss:
+last` counts a chat's last answer only, `all` every token. An assistant message with `weight: 0` is read and not tuned
+on.
+
+Rows with `messages` use the tokenizer's chat template, which also writes their `tools` and `tool_calls`. Such rows
+are refused if the template writes no tools. With `data.template: chat`, prompts use the template too. Such an answer
+ends where the template ends a turn, in scores and when the model is served. Without a template, the completion
+follows the prompt directly, so begin it with the space that belongs between them.
+
 ## Rows that cannot be used
 
 A row without an answer, a line of broken JSON or an image stops a run before it begins. The error says how many

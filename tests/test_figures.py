@@ -1,8 +1,10 @@
-"""Marked tables in README and docs hold the figures of the files that they name; `quality/tables.py` writes them."""
+"""Figures in README and docs are those of the files of results: marked tables, README's prose and its picture."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +22,6 @@ QUALITY = ROOT / "benchmarks" / "quality"
 @pytest.fixture(scope="module")
 def tables() -> Any:
     """The module benchmarks/quality/tables.py, which imports its neighbours."""
-    import importlib
-
     sys.path.insert(0, str(QUALITY))
     yield importlib.import_module("tables")
     sys.path.remove(str(QUALITY))
@@ -36,6 +36,27 @@ def test_marked_tables_are_those_of_their_files(tables: ModuleType) -> None:
         marks += len(tables.MARK.findall(text))
         assert len(tables.MARK.findall(text)) == text.count("<!-- figures:"), page
     assert marks
+
+
+def test_figures_in_prose_are_computed_again(tables: ModuleType) -> None:
+    """If this fails, correct the page: the figure is what the file of results says. New ones go into `claims.py`."""
+    pages: dict[str, str] = {}
+    for claim in importlib.import_module("claims").claims():
+        if claim.page not in pages:
+            text = tables.MARK.sub("", (ROOT / claim.page).read_text(encoding="utf-8"))
+            text = re.sub(r"^```.*?^```|`[^`\n]+`|\]\([^)]*\)", "", text, flags=re.DOTALL | re.MULTILINE)
+            pages[claim.page] = " ".join(text.split())
+        words = claim.text.replace("{}", claim.figure())
+        assert words in pages[claim.page], claim.page
+        pages[claim.page] = pages[claim.page].replace(words, claim.text)
+    versions, shares = {"3.11", "5.14", "2026.10", "2.0"}, {"40%", "60%"}
+    assert set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])|\d+%", pages["README.md"])) <= versions | shares
+
+
+def test_picture_in_readme_is_that_of_the_results(tables: ModuleType) -> None:
+    """If this fails, run `python benchmarks/quality/picture.py`."""
+    picture = importlib.import_module("picture")
+    assert picture.FILE.read_text(encoding="utf-8") == picture.picture()
 
 
 def test_figure_that_was_typed_is_put_right(tables: ModuleType) -> None:

@@ -16,9 +16,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from prunetune.compare.grid import best_learning_rate
@@ -97,6 +99,18 @@ def read_results(sources: Sequence[Path]) -> Results:
     if len(set(models)) != 1 or len(set(splits)) != 1:
         raise SystemExit(f"results are of one model on one split; these are of {set(models)} on {set(splits)}")
     return Results(models[0], splits[0], list(cells.values()))
+
+
+@cache
+def comparison_of(file: Path, keep: float) -> dict[str, Any]:
+    """The comparison at one budget, computed from the items of a file of results."""
+    return read_results([file]).comparison([keep])
+
+
+def megabytes_of(file: Path, kept: float) -> float:
+    """Weights of a model that keeps this share, in MB: bytes are linear in it, and some cells have theirs."""
+    sizes = {cell["kept"]: cell["bytes"] for cell in read_results([file]).cells if cell.get("bytes")}
+    return float(np.polyval(np.polyfit(list(sizes), list(sizes.values()), 1), kept)) / 1e6
 
 
 def write_results(path: Path, results: Results) -> None:

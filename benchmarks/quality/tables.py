@@ -7,6 +7,10 @@ a line above a table: the table's name (one of `TABLES`), its file, and what it 
 
     <!-- figures: floors benchmarks/quality/results/floors.json domains=legal,healthcare -->
     <!-- figures: methods RESULTS.json keep=0.6 methods=dense,fisher columns="acc,nll,-nll,ppl general/text,cost" -->
+    <!-- figures: headline FOLDER domains=legal,healthcare keeps=0.6,0.4 -->
+    <!-- figures: claims benchmarks/results.jsonl -->
+    <!-- figures: memory benchmarks/scaling_table.py table=sequence -->
+    <!-- figures: speed benchmarks/results.jsonl cases="CPU, llama.cpp, q8_0, one thread of a busy machine" -->
     <!-- figures: summary SUMMARY.json files=legal-rates keep=0.6 -->
     <!-- figures: budgets SUMMARY.json files=legal-curves,legal-seeds methods=taylor-rank-32,flap-rank-32 -->
 
@@ -18,21 +22,25 @@ holds means only, of version 0.1.0: of several files, the first that has a metho
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from merged import read_results
+from claims import claims_table
+from merged import comparison_of, megabytes_of
 
 from prunetune.compare import markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 MARK = re.compile(r"^<!-- figures: (?P<name>\S+) (?P<call>.+) -->\n(?:(?:_.+_\n\n)?(?:^\|.*\n)+)?", re.MULTILINE)
+SPEED = re.compile(r"(prefill|decode|peak memory) (?:ratio )?\w+ over \w+, (\S+), batch (\d+)(?: (\(.*?\)))?")
+LLAMA = "llama-3-8b, 0.6 kept, prompt 2048, "
 FLOORS = (*markdown.FLOORS, "words")
 FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "help": lambda row: row["help"] or "",
@@ -62,12 +70,6 @@ def floors_table(file: Path, domains: str) -> str:
     return f"_{made['date']}, commit {made['commit'][:9]}._\n\n" + markdown.markdown_table(head, rows) + "\n"
 
 
-@cache
-def comparison_of(file: Path, keep: float) -> dict[str, Any]:
-    """The comparison at one budget, computed from the items of a file of results."""
-    return read_results([file]).comparison([keep])
-
-
 def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str:
     """Rows of a comparison at one budget, all methods or those named, in that order."""
     comparison = comparison_of(file, float(keep))
@@ -86,6 +88,67 @@ def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str
         rows.append(cells)
     head = [f"{c[1:]} - {comparison['reference']}" if c.startswith("-") else c for c in columns.split(",")]
     return f"_{markdown.format_made(comparison)}_\n\n" + markdown.markdown_table(["method", *head], rows) + "\n"
+
+
+def headline_table(folder: Path, domains: str, keeps: str) -> str:
+    """What pruning gains and loses: the dense model with equal help, and the pruned one at each budget.
+
+    Weights are in MB of bfloat16. The last column is the loss of the best two-stage method (of those with as many seeds
+    and the same layout) minus the pruned model's, with its standard error over items, and in brackets over seeds.
+    """
+    head = [
+        "model",
+        "weights, MB",
+        "accuracy",
+        "loss",
+        "domain perplexity",
+        "general perplexity",
+        "two-stage loss - ours",
+    ]
+    table: dict[str, list[str]] = {}
+    for domain in domains.split(","):
+        file = folder / f"{domain}.json"
+        for keep in map(float, keeps.split(",")):
+            rows = {row["method"]: row for row in comparison_of(file, keep)["rows"]}
+            pruned, dense = rows["progressive"], rows["dense-equal-help"]
+            rivals = [row for row in rows.values() if row["kind"] == "two-stage" and row["seeds"] == pruned["seeds"]]
+            rivals = [row for row in rivals if not row["method"].endswith("-uniform")]
+            best = min(rivals, key=lambda row: row["scores"]["nll"]["value"])
+            lead = f"{markdown.format_difference(best['scores']['nll'])}, {best['method']}"
+            for name, row, last in (("dense", dense, ""), (f"{1 - keep:.0%} removed", pruned, lead)):
+                keys = ("acc", "nll", f"ppl {domain}/text", "ppl general/text")
+                scores = [markdown.format_number(row["scores"][key]["value"]) for key in keys]
+                table[f"{domain}, {name}"] = [f"{megabytes_of(file, row['kept']):.0f}", *scores, last]
+    return markdown.markdown_table(head, [[name, *cells] for name, cells in table.items()]) + "\n"
+
+
+def memory_table(file: Path, table: str) -> str:
+    """A table of `scaling_table.py`: memory, sequence or replicas."""
+    sys.path.insert(0, str(file.parent))
+    try:
+        return str(getattr(importlib.import_module(file.stem), f"{table}_table")())
+    finally:
+        sys.path.remove(str(file.parent))
+
+
+def speed_table(file: Path, cases: str) -> str:
+    """Times of the dense model over the pruned one's, and memory of the pruned over the dense one's, from rows of F3.
+
+    A case is what the rows' cases begin with. Behind each ratio of times stands the one by count, of FLOPs or bytes.
+    """
+    rows = [row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if row["bar"] == "F3"]
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
+    for case in cases.split("|"):
+        for row in (row for row in rows if row["case"].startswith(f"{case}: ")):
+            kind, name, batch, spread = re.match(SPEED, row["case"].removeprefix(f"{case}: ")).groups()  # type: ignore[union-attr]
+            layout = "uniform" if "uniform" in name else "per-layer"
+            cells = table.setdefault((case.removeprefix(LLAMA), batch, layout), {})
+            cells[kind] = f"{row['value']:.2f}" + (f" {spread}" if spread else "")
+            cells[f"{kind} by count"] = re.search(r"ratio ([\d.]+)", row["target"])[1][:4]  # type: ignore[index]
+    columns = ["prefill", "prefill by count", "decode", "decode by count", "peak memory"]
+    lines = [[*key, *(cells.get(column, "") for column in columns)] for key, cells in table.items()]
+    head = ["runtime", "batch", "layout", "prefill", "FLOPs", "decode", "bytes", "memory, of dense"]
+    return markdown.markdown_table(head, lines) + "\n"
 
 
 def summary_rows(file: Path, files: str) -> dict[tuple[str, float], dict[str, Any]]:
@@ -127,6 +190,10 @@ def budgets_table(file: Path, files: str, methods: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "floors": floors_table,
     "methods": methods_table,
+    "headline": headline_table,
+    "claims": claims_table,
+    "memory": memory_table,
+    "speed": speed_table,
     "summary": summary_table,
     "budgets": budgets_table,
 }

@@ -3,7 +3,7 @@
     python benchmarks/reliability/comparisons_side_by_side.py RECIPE.yaml --out OUT [--comparisons 40] [--alone 2]
         [--processes 2] [--result benchmarks/results.jsonl] [-- --data.root DATA --model MODEL]
 
-A comparison has three cells at once, seeds 0 to 2 of progressive removal with 60% kept, 40 steps, a teacher each. First
+A comparison has three cells at once, seeds 0 to 2 of progressive removal with 60% kept, 24 steps, a teacher each. First
 one process makes `--alone` of them, then `--processes` make `--comparisons` together. A figure is a seed's mean loss on
 the items scored; what one seed twice differs by is the largest difference of a seed between comparisons made alone.
 Crashes are processes that end in any way but well. Without MPS: that is where crashes were seen.
@@ -28,7 +28,7 @@ from rows import give
 
 SETTINGS = """
 compare: {methods: [progressive], keeps: [0.6], seeds: [0, 1, 2], jobs: 3}
-train: {steps: 40, validate_every: 40}
+train: {steps: 24, validate_every: 24}
 evaluate: {limit: 25, generate_limit: 0}
 data: {general: []}
 """

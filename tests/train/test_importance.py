@@ -45,17 +45,20 @@ def test_importance_is_the_mean_squared_gradient_at_gates_of_one() -> None:
         assert importance[site.name].shape == (site.units,)
 
 
-def test_score_is_the_importance_per_parameter_with_what_a_unit_contains() -> None:
+def test_score_is_the_importance_per_parameter_with_what_a_unit_contains_and_attention_has_its_weight() -> None:
     job, passes = job_and_passes()
     sites = find_sites(tiny(), ("attention-blocks", "kv-groups", "mlp-channels"))
     job, passes.sites = replace(job, sites=sites), sites
+    weight = job.config.search.attention_weight
     scores = score_units(job, passes, StepGuard(passes, 5), sites, None, 6)
     importance = importance_of(job, passes)
     block, groups = sites[0], sites[1]
+    channels = next(site for site in sites if site.kind == "mlp")
     assert (block.kind, groups.parent) == ("attention-blocks", block.name)
     whole = block.unit_params + groups.units * groups.unit_params
-    torch.testing.assert_close(scores[block.name], importance[block.name] / whole)
-    torch.testing.assert_close(scores[groups.name], importance[groups.name] / groups.unit_params)
+    torch.testing.assert_close(scores[block.name], weight * importance[block.name] / whole)
+    torch.testing.assert_close(scores[groups.name], weight * importance[groups.name] / groups.unit_params)
+    torch.testing.assert_close(scores[channels.name], importance[channels.name] / channels.unit_params)
 
 
 def test_score_under_limits_is_the_importance_per_price() -> None:
@@ -64,8 +67,10 @@ def test_score_under_limits_is_the_importance_per_price() -> None:
     limits = BudgetLimits((), prices=prices, prices_with_children=prices)
     job = replace(job, constraints=replace(job.constraints, limits=limits))
     scores = score_units(job, passes, StepGuard(passes, 5), job.sites, None, 6)
+    kinds = {site.name: site.kind for site in job.sites}
     for name, importance in importance_of(job, passes).items():
-        torch.testing.assert_close(scores[name], importance / prices[name])
+        weight = job.config.search.attention_weight if kinds[name].is_head else 1
+        torch.testing.assert_close(scores[name], weight * importance / prices[name])
 
 
 def give_nan(passes: PaddedPasses, monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:

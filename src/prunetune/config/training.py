@@ -153,6 +153,12 @@ class SearchConfig:
     init_batches: int = option(
         16, "Batches of search whose gate gradients give the scores of a cut (progressive).", ge=1, formerly="evidence"
     )
+    attention_weight: float = option(
+        0.33,
+        "What the scores of attention (KV groups, query heads, attention blocks) are multiplied by before all units are "
+        "ranked (progressive). Below 1 attention goes earlier: tuning makes up for more of it, and the KV cache shrinks.",
+        gt=0,
+    )
     share: float = option(0.1, "Share of the steps in which the generator searches.", gt=0, le=1)
     settle: float = option(
         0.05,

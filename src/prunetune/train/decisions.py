@@ -9,7 +9,7 @@ from torch import Tensor
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.remaining_sites import in_dense_numbering
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import Scores
 from prunetune.train.checkpoints import optimizer_tensors, restore_optimizer
@@ -72,6 +72,7 @@ def score_units(
     """Score of every unit of the dense model, {site: [U]} on the CPU; zero for those that the plan has removed.
 
     A unit's importance divided by what it and all inside it take of the budget: parameters, or prices under limits.
+    That of attention counts `search.attention_weight` times: measured, not derived (docs/research/progressive.md).
     `sites` are those of the model as it is, which the plan has cut.
     """
     importance = gate_importance(job, passes, guard, sites, step)
@@ -80,7 +81,9 @@ def score_units(
         price = job.constraints.unit_price(site)
         if job.constraints.limits:  # whose prices are of dense units
             price *= site.total_unit_params / dense[site.name].total_unit_params
-        scores[site.name] = importance[site.name] / price
+        is_attention = site.kind.is_head or site.kind is UnitKind.ATTENTION_BLOCK
+        weight = job.config.search.attention_weight if is_attention else 1.0
+        scores[site.name] = weight * importance[site.name] / price
     return in_dense_numbering(scores, job.sites, plan)
 
 
