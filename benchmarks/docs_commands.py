@@ -45,8 +45,10 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<skip>.+?) -->\n)?^```bash\n(?P<text>.
 YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_IN = "Qwen/Qwen3-0.6B"  # the hub name of the pages, here the folder of a tiny model
 QUICK = {
-    "run": "--train.steps 4 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 20 --evaluate.drift=false",
-    "compare": "--train.steps 2 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 10",
+    "run": "--train.steps 4 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 20 --evaluate.drift=false "
+    "--require.prompt 16 --require.generate 4 --require.runs 2",
+    "compare": "--train.steps 2 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 10 "
+    "--require.prompt 16 --require.generate 4 --require.runs 2",
     "demo": f"--model {STAND_IN} --train.steps 2 --evaluate.limit 10 --evaluate.drift=false",
 }
 UNTIL_STOPPED = ("prunetune serve", "prunetune watch", "llama-server")
@@ -199,8 +201,8 @@ def main() -> None:
     clone, environment = environment_under_test(work, fresh=options.fresh)
     make_model(work / "model")
     counts = {"run": 0, "failed": 0, "not run": 0}
-    for page in options.pages or [clone / page.relative_to(ROOT) for page in PAGES]:
-        folder = work / "pages" / "-".join(page.resolve().relative_to(clone).with_suffix("").parts)
+    for page in [clone / page.resolve().relative_to(ROOT) for page in options.pages or PAGES]:
+        folder = work / "pages" / "-".join(page.relative_to(clone).with_suffix("").parts)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name in ("recipes", "examples"):
@@ -211,7 +213,7 @@ def main() -> None:
         make_rows(folder)
         shell = Shell(folder, work, environment)
         for command in commands(page):
-            shown = f"{page.resolve().relative_to(clone)}: {command.line}"
+            shown = f"{page.relative_to(clone)}: {command.line}"
             if command.skip or "python3 -m venv" in command.line:
                 counts["not run"] += 1
                 print(f"-    {shown}  ({command.skip or 'the set-up: --fresh does it'})", flush=True)
