@@ -44,9 +44,12 @@ PAGES = [
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<skip>.+?) -->\n)?^```bash\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_IN = "Qwen/Qwen3-0.6B"  # the hub name of the pages, here the folder of a tiny model
+HUB_NAMES = (STAND_IN, "HuggingFaceTB/SmolLM2-135M-Instruct")
 QUICK = {
-    "run": "--train.steps 4 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 20 --evaluate.drift=false",
-    "compare": "--train.steps 2 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 10",
+    "run": "--train.steps 4 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 20 --evaluate.drift=false "
+    "--require.prompt 16 --require.generate 4 --require.runs 2",
+    "compare": "--train.steps 2 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 10 "
+    "--require.prompt 16 --require.generate 4 --require.runs 2",
     "demo": f"--model {STAND_IN} --train.steps 2 --evaluate.limit 10 --evaluate.drift=false",
 }
 UNTIL_STOPPED = ("prunetune serve", "prunetune watch", "llama-server")
@@ -91,9 +94,10 @@ def make_rows(folder: Path) -> None:
     (folder / "manual.csv").write_text("prompt,completion\n" + "".join(f"Page {n}:, text {n}\n" for n in range(20)))
 
 
-def make_model(folder: Path) -> None:
-    """A tiny Qwen3 with the tokenizer and chat template of the demo's model."""
+def make_model(folder: Path, adapter: Path) -> None:
+    """A tiny Qwen3 with the tokenizer and chat template of the demo's model, and a LoRA adapter of it."""
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     from prunetune.model.loading import load_tokenizer
@@ -107,6 +111,8 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(adapter)
 
 
 class Shell:
@@ -181,7 +187,10 @@ def environment_under_test(work: Path, *, fresh: bool) -> tuple[Path, dict[str, 
         bin_folder = str(Path(sys.executable).parent)
         return ROOT, environment | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
     clone = work / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    if clone.exists():  # of an earlier call with the same --work
+        subprocess.run(["git", "pull", "--quiet"], cwd=clone, check=True)
+    else:
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     set_up = next(command.line for command in commands(clone / "README.md") if "venv" in command.line)
     subprocess.run(["bash", "-c", set_up.rpartition(" && ")[0]], cwd=clone, env=environment, check=True)
     return clone, environment | {"PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "VIRTUAL_ENV": str(clone / ".venv")}
@@ -197,22 +206,25 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="prunetune-docs-"))
     clone, environment = environment_under_test(work, fresh=options.fresh)
-    make_model(work / "model")
+    make_model(work / "model", work / "adapter")
     counts = {"run": 0, "failed": 0, "not run": 0}
-    for page in options.pages or [clone / page.relative_to(ROOT) for page in PAGES]:
-        folder = work / "pages" / "-".join(page.resolve().relative_to(clone).with_suffix("").parts)
+    for page in [clone / page.resolve().relative_to(ROOT) for page in options.pages or PAGES]:
+        folder = work / "pages" / "-".join(page.relative_to(clone).with_suffix("").parts)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name in ("recipes", "examples"):
             (folder / name).symlink_to(clone / name)
         shutil.copytree(clone / "suites", folder / "suites")
-        (folder / STAND_IN).parent.mkdir()
-        (folder / STAND_IN).symlink_to(work / "model")
+        for name in HUB_NAMES:
+            (folder / name).parent.mkdir()
+            (folder / name).symlink_to(work / "model")
+        (folder / "outputs").mkdir()
+        (folder / "outputs" / "my-adapter").symlink_to(work / "adapter")
         make_rows(folder)
         shell = Shell(folder, work, environment)
         for command in commands(page):
-            shown = f"{page.resolve().relative_to(clone)}: {command.line}"
-            if command.skip or "python3 -m venv" in command.line:
+            shown = f"{page.relative_to(clone)}: {command.line}"
+            if command.skip or command.line.startswith(("python3 -m venv", "pip install")):
                 counts["not run"] += 1
                 print(f"-    {shown}  ({command.skip or 'the set-up: --fresh does it'})", flush=True)
                 continue

@@ -1,6 +1,6 @@
 """S1: every format that `export` writes: written, opened in its stock runtime, 32 tokens, eval, bench and check.
 
-    python benchmarks/formats.py RUN ... [--python mlx=PYTHON] [--docs docs/research/runtimes.md] [--results FILE]
+    python benchmarks/formats.py RUN ... [--python mlx=/venv/bin/python] [--docs PAGE] [--results FILE]
 
 Tokens: the run's checkpoint in stock transformers, float32, continues two texts greedily by 16 tokens each. The runtime
 gives the next token after each of these 32 beginnings. A token counts as equal, or as within the format's own error: in
