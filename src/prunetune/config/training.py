@@ -155,8 +155,8 @@ class SearchConfig:
     )
     attention_weight: float = option(
         0.33,
-        "What the scores of attention (KV groups, query heads, attention blocks) are multiplied by before all units are "
-        "ranked (progressive). Below 1 attention goes earlier: tuning makes up for more of it, and the KV cache shrinks.",
+        "Multiplies the scores of attention (KV groups, query heads, attention blocks) before all units are ranked "
+        "(progressive). Below 1 attention goes earlier: tuning makes up for more of it, and the KV cache shrinks.",
         gt=0,
     )
     share: float = option(0.1, "Share of the steps in which the generator searches.", gt=0, le=1)
