@@ -175,6 +175,11 @@ def quick(line: str) -> str:
     first = re.match(r"prunetune (run|compare|demo)(?=\s|$)", line)
     if not first or "--resume" in line:
         return line
+    line = re.sub(
+        r" --(train\.steps|train\.batch-size|evaluate\.limit) \S+",
+        "",
+        line.replace("--model demo", f"--model {STAND_IN}"),
+    )
     model = f" --model {STAND_IN}" if re.search(r"(recipes|examples)/", line) else ""
     return f"{line}{model} {QUICK[first[1]]}"
 

@@ -180,7 +180,7 @@ def test_stop_leaves_a_report_and_exits_one(workspace: Path, free: Path, tmp_pat
     assert "stopped at step" in (folder / "report.html").read_text()
     assert not (folder / "model").exists()
     (entry,) = list_runs(tmp_path)
-    assert entry.status == "gate failed"
+    assert entry.status == "limit broken"
 
 
 def test_run_outside_a_limit_keeps_its_model_and_exits_one(workspace: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_prunetune_home_gathers_runs_of_all_folders(tmp_path: Path, monkeypatch:
     [
         (KeyboardInterrupt(), "interrupted"),
         (ModelError("x"), "failed"),
-        (LimitBroken("x"), "gate failed"),
+        (LimitBroken("x"), "limit broken"),
         (OSError(), "failed"),
     ],
 )

@@ -109,7 +109,7 @@ def run(
     ] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
-    """Tune, prune, cut, check, evaluate and report, into a run folder.
+    """Tune and prune a model, verify it, evaluate it and write a report, in one run folder.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def demo(
     resume: Annotated[bool, Parameter(negative=(), help="Resume a demo that was stopped.")] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
-    """Run on a small real model and clinical coding terms, which are installed as packages; needs no GPU."""
+    """Run on a small real model and clinical coding terms, which are packages. Needs no GPU and no recipe."""
     with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
         config = load_recipe(recipe, flags_to_overrides(flags))
     from prunetune.pipeline.run import run as run_pipeline
@@ -223,7 +223,7 @@ def sites(
     trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
     json: PrintJson = False,
 ) -> None:
-    """Which modules can be pruned: units, legal widths, and what budgets mean in bytes and time; reads no weights.
+    """Show which modules can be pruned, and what budgets mean in bytes, FLOPs and time. Reads no weights.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ def data(
     trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
     flags: Annotated[DataFlags, Parameter(name="data")] = NO_DATA_FLAGS,
 ) -> None:
-    """Show what rows are read as: their shape, three of them as the model sees them, lengths, what is not used.
+    """Show what rows are read as: their shape, three of them as the model sees them, lengths, unused columns.
 
     Parameters
     ----------
@@ -274,7 +274,7 @@ def runs(
     *,
     model: Annotated[str, Parameter(help="Only runs whose model name contains this.")] = "",
     status: Annotated[
-        str, Parameter(help="Only runs that are done, running, interrupted, failed or 'gate failed'.")
+        str, Parameter(help="Only runs that are done, running, interrupted, failed or 'limit broken'.")
     ] = "",
     where: Annotated[
         tuple[str, ...], Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.")
@@ -297,7 +297,15 @@ def runs(
 
 @app.command(name="compare-runs")
 def compare_runs(first: UserPath, /, *others: UserPath) -> None:
-    """Compare finished runs with the first: options, scores, units kept in both, and items that flipped."""
+    """Compare finished runs with the first: options, scores, units kept in both, and items that flipped.
+
+    Parameters
+    ----------
+    first
+        The run folder that the others are compared with.
+    others
+        Further run folders.
+    """
     from prunetune.runs.diff import diff_runs
 
     _print(diff_runs([first, *others]))
@@ -313,7 +321,13 @@ def watch(
     ] = False,
     port: Annotated[int, Parameter(help="The port of --web on this computer; 0: any free one.")] = 6016,
 ) -> None:
-    """Show the progress of a run in a terminal until it ends, or with --web in a browser until it is stopped."""
+    """Show the progress of a run in a terminal until it ends, or with --web in a browser until it is stopped.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    """
     if web:
         from prunetune.cli.watch_server import serve_run
 
@@ -326,7 +340,13 @@ def watch(
 
 @app.command
 def report(run: UserPath, /) -> None:
-    """Rewrite the report.html of a run."""
+    """Write the report.html of a run again.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    """
     from prunetune.report import write_report
 
     _print(write_report(run))
@@ -426,7 +446,7 @@ def push(
     *,
     public: Annotated[bool, Parameter(negative=(), help="Make the repository public; default: private.")] = False,
     dry_run: Annotated[
-        UserPath | None, Parameter(help="Send nothing, and write what would go to DIR/OWNER/NAME of this folder.")
+        UserPath | None, Parameter(help="Send nothing, and write what would be sent into this folder, as OWNER/NAME.")
     ] = None,
     adapter: Annotated[
         bool, Parameter(negative=(), help="Also send the dense tuned model, as a LoRA adapter in adapter/.")
@@ -497,7 +517,7 @@ def check(
     ] = None,
     flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
-    """Compare a model with a reference: exit 1, with the new failures, if a limit of the suite is broken.
+    """Compare a model with a reference. Exits with 1 if a limit of the suite is broken, and lists new failures.
 
     Parameters
     ----------
@@ -536,7 +556,7 @@ def history(
     *,
     json: PrintJson = False,
 ) -> None:
-    """Scores of a suite over time: a row for each version of a model that eval or check scored, newest first.
+    """List the scores of a suite over time: a row for each version of a model that was scored, newest first.
 
     Parameters
     ----------
@@ -561,7 +581,7 @@ def bench(
     ] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
-    """Measure latency, throughput, memory and file size, models interleaved; ratios to the first, a run's dense model.
+    """Measure latency, throughput, memory and file size of models, interleaved, beside a run's dense model.
 
     Parameters
     ----------

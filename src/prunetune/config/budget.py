@@ -28,9 +28,8 @@ class BudgetConfig:
 
     keep: float = option(
         0.6,
-        "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
-        "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
-        "budget.sizes).",
+        "Share of the attention and MLP parameters that may remain. Several, such as 0.8,0.6,0.4, give several models "
+        "from one run: the largest is budget.keep, the others are budget.sizes. It is 1 if only another is given.",
         gt=0,
         le=1,
         flag_type=str,

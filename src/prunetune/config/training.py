@@ -54,8 +54,8 @@ class TrainConfig:
     )
     learning_rate: float = option(
         1e-3,
-        "Peak learning rate of what is tuned. auto, or 0: 5e-4, 1e-3 and 2e-3 are tried on a tenth of the steps each, "
-        "and the one with the lowest loss on valid is taken; costs 30 percent more tuning time.",
+        "Peak learning rate of what is tuned. auto, or 0, tries 5e-4, 1e-3 and 2e-3 on a tenth of the steps each, and "
+        "takes the one with the lowest loss on valid. It costs 30% more tuning time.",
         ge=0,
         parse=parse_learning_rate,
         flag_type=str,
@@ -103,7 +103,7 @@ class TrainConfig:
 class LoraSettings:
     """The adapters, on all linears of attention and MLP."""
 
-    rank: int = option(128, "Rank of the adapters; recovery after pruning needs a higher one than plain tuning.", ge=1)
+    rank: int = option(128, "Rank of the adapters. Recovery after pruning needs a higher one than plain tuning.", ge=1)
     dense_rank: int = option(32, "Rank of the dense model's adapters, if tuned for comparison or as a teacher.", ge=1)
     dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", gt=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", ge=0)

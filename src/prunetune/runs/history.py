@@ -24,7 +24,7 @@ from prunetune.utils.untrusted import parse_json, read_text
 log = logging.getLogger(__name__)
 
 FOLDERS = "runs.txt"  # in $PRUNETUNE_HOME: the folders that hold runs, one a line
-STATUSES = ("running", "done", "failed", "interrupted", "gate failed")  # the last: it ended outside a limit
+STATUSES = ("running", "done", "failed", "interrupted", "limit broken")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def record_status(folder: RunFolder) -> Iterator[None]:
         status = "interrupted"
         raise
     except PrunetuneError as failed:
-        status = "gate failed" if failed.exit_code == 1 else "failed"
+        status = "limit broken" if failed.exit_code == 1 else "failed"
         raise
     finally:
         try:
@@ -161,9 +161,11 @@ def _status(folder: RunFolder, manifest: Manifest, *, is_comparison: bool) -> st
     """The recorded status, unless the process was killed and could record nothing; else what the files say."""
     if manifest.status in STATUSES[1:]:
         return manifest.status
+    if manifest.status == "gate failed":  # the word of earlier versions
+        return "limit broken"
     result = folder.path / "comparison.json" if is_comparison else folder.evaluation_file("pruned")
     if manifest.status is None and manifest.failed:
-        return "gate failed"
+        return "limit broken"
     if manifest.status is None and (result.exists() or (manifest.sizes and folder.bench_file.exists())):
         return "done"
     is_elsewhere = manifest.status == "running" and manifest.host != socket.gethostname()

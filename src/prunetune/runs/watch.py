@@ -68,7 +68,7 @@ def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
     if manifest.status is None:  # of version 0.1.0, which recorded none
         is_finished = report.exists() and written <= report.stat().st_mtime
     else:
-        is_finished = report.exists() and manifest.status in ("done", "gate failed")
+        is_finished = report.exists() and manifest.status in ("done", "limit broken", "gate failed")
     return RunSnapshot(
         folder.path.resolve().name,
         config.train.steps,
