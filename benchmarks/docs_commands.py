@@ -105,7 +105,7 @@ def make_model(folder: Path, adapter: Path) -> None:
     tokenizer = load_tokenizer("demo")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=6144, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -231,7 +231,7 @@ def main() -> None:
             shell.prepare(page, command.line)
             started = time.monotonic()
             code, output = shell(quick(command.line))
-            if code == 1 and "BROKEN" in output:  # a verdict of `prunetune check` on a random model
+            if code == 1 and re.search("BROKEN|ended outside a limit", output):  # a verdict on a random model
                 code = 0
             counts["run"] += 1
             counts["failed"] += code != 0
