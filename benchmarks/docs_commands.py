@@ -4,8 +4,8 @@
 
 A page's commands run from top to bottom in a folder of its own, which holds the clone's recipes, suites and examples.
 What the commands name and the page does not make is made for it: rows, a recipe (the page's first one), a suite,
-finished runs. A tiny random model stands for the models of the pages, and every run is short (`QUICK`). With
---fresh, they run in a new clone and a new environment, set up by the command of README.md; without, in this one.
+finished runs. A tiny random model stands for the models of the pages, and every run is short (`QUICK`). With --fresh,
+they run in a new clone and a new environment, set up by README.md's command for the tests. Without, in this one.
 
 A command that needs a GPU, the hub or another program has its reason in the page, in a comment above its block:
 
@@ -191,7 +191,7 @@ def environment_under_test(work: Path, *, fresh: bool) -> tuple[Path, dict[str, 
         subprocess.run(["git", "pull", "--quiet"], cwd=clone, check=True)
     else:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    set_up = next(command.line for command in commands(clone / "README.md") if "venv" in command.line)
+    *_, set_up = (command.line for command in commands(clone / "README.md") if "venv" in command.line)
     subprocess.run(["bash", "-c", set_up.rpartition(" && ")[0]], cwd=clone, env=environment, check=True)
     return clone, environment | {"PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "VIRTUAL_ENV": str(clone / ".venv")}
 
