@@ -74,7 +74,7 @@ counted.
 |---|---|---|
 | JSON lines, JSON | `.jsonl`, `.ndjson`, `.json` | one object a line, or a list of objects (or `{"data": [...]}`) |
 | CSV | `.csv`, `.tsv` | the first line names the columns and tells what separates them: comma, semicolon, bar or tab |
-| Excel | `.xlsx` | as CSV; one sheet holds the rows; `pip install openpyxl` |
+| Excel | `.xlsx` | as CSV. One sheet holds the rows, and it needs `pip install openpyxl` |
 | Parquet, Arrow | `.parquet`, `.arrow`, `.feather` | columns of any nesting |
 
 Text formats may be compressed: `.gz`, `.zst`, `.bz2`, as in `rows.jsonl.gz`. They are UTF-8 or, with a byte order
@@ -180,7 +180,7 @@ def page() -> str:
         (example,) = encode([row.to_record(shaped=shaped)], made, DataConfig(), 1000).examples
         unused = f"; not used: {', '.join(shaped.unused)}" if shaped.unused else ""
         seen = marked_text(example, made).plain.replace("\n", "⏎")
-        cells = (name, f"`{json.dumps(fields)}`", f"{shaped.shape}{unused}", f"`{seen}`")
+        cells = (name, f"`{json.dumps(fields)}`", f"`{shaped.shape}{unused}`", f"`{seen}`")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return INTRODUCTION + "\n".join(lines) + "\n" + AFTER
 

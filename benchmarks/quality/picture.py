@@ -9,7 +9,7 @@ from claims import RESULTS, ROOT
 from merged import comparison_of
 
 FILE = ROOT / "docs" / "assets" / "results.svg"
-KEEPS = (0.6, 0.4, 0.3)
+KEEPS = (0.6, 0.4)
 LINES = {
     "progressive": "prunetune",
     "obs": "prune once, then tune (OBS)",
@@ -38,14 +38,14 @@ def panel(domain: str, left: int) -> list[str]:
     low, high = dense - 0.03, max(losses[KEEPS[-1]][method] for method in LINES) + 0.03
 
     def at(removed: float, loss: float) -> tuple[float, float]:
-        return left + LEFT + removed / 0.7 * (WIDTH - LEFT - 40), BOTTOM - (loss - low) / (high - low) * (BOTTOM - TOP)
+        return left + LEFT + removed / 0.6 * (WIDTH - LEFT - 40), BOTTOM - (loss - low) / (high - low) * (BOTTOM - TOP)
 
     drawn = [f'<text x="{left + LEFT}" y="{TOP - 18}" font-weight="600">{domain}: loss by share removed</text>']
-    for removed in (0, 0.4, 0.6, 0.7):
+    for removed in (0, 0.4, 0.6):
         x, bottom = at(removed, low)
         drawn.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>')
         drawn.append(f'<text class="small" x="{x:.1f}" y="{bottom + 19}" text-anchor="middle">{removed:.0%}</text>')
-    (start, level), (end, _) = at(0, dense), at(0.7, dense)
+    (start, level), (end, _) = at(0, dense), at(0.6, dense)
     drawn.append(f'<line class="dense" x1="{start:.1f}" y1="{level:.1f}" x2="{end:.1f}" y2="{level:.1f}"/>')
     drawn.append(f'<text class="small" x="{start - 8:.1f}" y="{level + 4:.1f}" text-anchor="end">{dense:.2f}</text>')
     for method in reversed(LINES):

@@ -68,6 +68,11 @@ class UnitKind(StrEnum):
         return self in (UnitKind.KV_GROUP, UnitKind.QUERY_HEAD)
 
     @property
+    def is_attention(self) -> bool:
+        """Whether units are of attention alone: its heads, or all of a layer's."""
+        return self.is_head or self is UnitKind.ATTENTION_BLOCK
+
+    @property
     def is_channel(self) -> bool:
         """Whether units are channels, whose number is aligned to `budget.align`: of an MLP, or of every expert."""
         return self in (UnitKind.MLP_CHANNEL, UnitKind.EXPERT_CHANNEL)

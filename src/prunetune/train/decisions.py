@@ -9,7 +9,7 @@ from torch import Tensor
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.remaining_sites import in_dense_numbering
-from prunetune.pruning.units import Site, UnitKind
+from prunetune.pruning.units import Site
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import Scores
 from prunetune.train.checkpoints import optimizer_tensors, restore_optimizer
@@ -19,8 +19,7 @@ from prunetune.train.step_guard import StepGuard
 from prunetune.train.weight_trainer import adamw
 from prunetune.utils.json_lines import JsonObject
 
-# Authors' code:
-CLIP = 3.0  # largest norm of the generator's gradient
+CLIP = 3.0  # largest norm of the generator's gradient, as in the authors' code
 
 
 class GeneratorTrainer:
@@ -81,8 +80,7 @@ def score_units(
         price = job.constraints.unit_price(site)
         if job.constraints.limits:  # whose prices are of dense units
             price *= site.total_unit_params / dense[site.name].total_unit_params
-        is_attention = site.kind.is_head or site.kind is UnitKind.ATTENTION_BLOCK
-        weight = job.config.search.attention_weight if is_attention else 1.0
+        weight = job.config.search.attention_weight if site.kind.is_attention else 1.0
         scores[site.name] = weight * importance[site.name] / price
     return in_dense_numbering(scores, job.sites, plan)
 
