@@ -45,12 +45,11 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<skip>.+?) -->\n)?^```bash\n(?P<text>.
 YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_IN = "Qwen/Qwen3-0.6B"  # the hub name of the pages, here the folder of a tiny model
 HUB_NAMES = (STAND_IN, "HuggingFaceTB/SmolLM2-135M-Instruct")
-QUICK = {
-    "run": "--train.steps 4 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 20 --evaluate.drift=false "
-    "--require.prompt 16 --require.generate 4 --require.runs 2",
-    "compare": "--train.steps 2 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 10 "
-    "--require.prompt 16 --require.generate 4 --require.runs 2",
-    "demo": f"--model {STAND_IN} --train.steps 2 --evaluate.limit 10 --evaluate.drift=false",
+SHORT = "--train.batch-size=4 --search.init-batches=1 --require.prompt=16 --require.generate=4 --require.runs=2 "
+QUICK = {  # flags that a command already has are left out
+    "run": f"{SHORT} --train.steps=4 --evaluate.limit=20 --evaluate.drift=false",
+    "compare": f"{SHORT} --train.steps=2 --evaluate.limit=10",
+    "demo": f"{SHORT} --train.steps=2 --evaluate.limit=10 --evaluate.drift=false --model={STAND_IN}",
 }
 UNTIL_STOPPED = ("prunetune serve", "prunetune watch", "llama-server")
 WORDS = ("billing", "sales", "support")
@@ -175,8 +174,8 @@ def quick(line: str) -> str:
     first = re.match(r"prunetune (run|compare|demo)(?=\s|$)", line)
     if not first or "--resume" in line:
         return line
-    model = f" --model {STAND_IN}" if re.search(r"(recipes|examples)/", line) else ""
-    return f"{line}{model} {QUICK[first[1]]}"
+    flags = QUICK[first[1]].split() + [f"--model={STAND_IN}"] * bool(re.search(r"(recipes|examples)/", line))
+    return " ".join([line, *(flag for flag in flags if flag.partition("=")[0] not in line)])
 
 
 def environment_under_test(work: Path, *, fresh: bool) -> tuple[Path, dict[str, str]]:
