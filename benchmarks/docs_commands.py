@@ -187,7 +187,8 @@ def environment_under_test(work: Path, *, fresh: bool) -> tuple[Path, dict[str, 
         return ROOT, environment | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
     clone = work / "clone"
     if clone.exists():  # of an earlier call with the same --work
-        subprocess.run(["git", "pull", "--quiet"], cwd=clone, check=True)
+        subprocess.run(["git", "fetch", "--quiet"], cwd=clone, check=True)
+        subprocess.run(["git", "reset", "--quiet", "--hard", "@{upstream}"], cwd=clone, check=True)
     else:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     *_, set_up = (command.line for command in commands(clone / "README.md") if "venv" in command.line)
