@@ -4,8 +4,8 @@
 
 A page's commands run from top to bottom in a folder of its own, which holds the clone's recipes, suites and examples.
 What the commands name and the page does not make is made for it: rows, a recipe (the page's first one), a suite,
-finished runs. A tiny random model stands for the models of the pages, and every run is short (`QUICK`). With
---fresh, they run in a new clone and a new environment, set up by the command of README.md; without, in this one.
+finished runs. A tiny random model stands for the models of the pages, and every run is short (`QUICK`). With --fresh,
+they run in a new clone and a new environment, set up by README.md's command for the tests. Without, in this one.
 
 A command that needs a GPU, the hub or another program has its reason in the page, in a comment above its block:
 
@@ -45,12 +45,11 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<skip>.+?) -->\n)?^```bash\n(?P<text>.
 YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAND_IN = "Qwen/Qwen3-0.6B"  # the hub name of the pages, here the folder of a tiny model
 HUB_NAMES = (STAND_IN, "HuggingFaceTB/SmolLM2-135M-Instruct")
-QUICK = {
-    "run": "--train.steps 4 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 20 --evaluate.drift=false "
-    "--require.prompt 16 --require.generate 4 --require.runs 2",
-    "compare": "--train.steps 2 --train.batch-size 4 --search.init-batches 1 --evaluate.limit 10 "
-    "--require.prompt 16 --require.generate 4 --require.runs 2",
-    "demo": f"--model {STAND_IN} --train.steps 2 --evaluate.limit 10 --evaluate.drift=false",
+SHORT = "--train.batch-size=4 --search.init-batches=1 --require.prompt=16 --require.generate=4 --require.runs=2 "
+QUICK = {  # flags that a command already has are left out
+    "run": f"{SHORT} --train.steps=4 --evaluate.limit=20 --evaluate.drift=false",
+    "compare": f"{SHORT} --train.steps=2 --evaluate.limit=10",
+    "demo": f"{SHORT} --train.steps=2 --evaluate.limit=10 --evaluate.drift=false --model={STAND_IN}",
 }
 UNTIL_STOPPED = ("prunetune serve", "prunetune watch", "llama-server")
 WORDS = ("billing", "sales", "support")
@@ -105,7 +104,7 @@ def make_model(folder: Path, adapter: Path) -> None:
     tokenizer = load_tokenizer("demo")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=6144, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -175,13 +174,8 @@ def quick(line: str) -> str:
     first = re.match(r"prunetune (run|compare|demo)(?=\s|$)", line)
     if not first or "--resume" in line:
         return line
-    line = re.sub(
-        r" --(train\.steps|train\.batch-size|evaluate\.limit) \S+",
-        "",
-        line.replace("--model demo", f"--model {STAND_IN}"),
-    )
-    model = f" --model {STAND_IN}" if re.search(r"(recipes|examples)/", line) else ""
-    return f"{line}{model} {QUICK[first[1]]}"
+    flags = QUICK[first[1]].split() + [f"--model={STAND_IN}"] * bool(re.search(r"(recipes|examples)/", line))
+    return " ".join([line, *(flag for flag in flags if flag.partition("=")[0] not in line)])
 
 
 def environment_under_test(work: Path, *, fresh: bool) -> tuple[Path, dict[str, str]]:
@@ -193,10 +187,11 @@ def environment_under_test(work: Path, *, fresh: bool) -> tuple[Path, dict[str, 
         return ROOT, environment | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
     clone = work / "clone"
     if clone.exists():  # of an earlier call with the same --work
-        subprocess.run(["git", "pull", "--quiet"], cwd=clone, check=True)
+        subprocess.run(["git", "fetch", "--quiet"], cwd=clone, check=True)
+        subprocess.run(["git", "reset", "--quiet", "--hard", "@{upstream}"], cwd=clone, check=True)
     else:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    set_up = next(command.line for command in commands(clone / "README.md") if "venv" in command.line)
+    *_, set_up = (command.line for command in commands(clone / "README.md") if "venv" in command.line)
     subprocess.run(["bash", "-c", set_up.rpartition(" && ")[0]], cwd=clone, env=environment, check=True)
     return clone, environment | {"PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "VIRTUAL_ENV": str(clone / ".venv")}
 
@@ -236,7 +231,7 @@ def main() -> None:
             shell.prepare(page, command.line)
             started = time.monotonic()
             code, output = shell(quick(command.line))
-            if code == 1 and "BROKEN" in output:  # a verdict of `prunetune check` on a random model
+            if code == 1 and re.search("BROKEN|ended outside a limit", output):  # a verdict on a random model
                 code = 0
             counts["run"] += 1
             counts["failed"] += code != 0

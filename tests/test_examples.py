@@ -64,6 +64,13 @@ def test_commands_of_an_example_run_in_their_order(
     assert list(Path("runs").glob("*/report.html"))
 
 
+@pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+def test_page_of_an_example_shows_its_files(folder: Path) -> None:
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for file in folder.glob("*.yaml"):
+        assert f"```yaml\n{file.read_text(encoding='utf-8')}```\n" in page, file.name
+
+
 def test_tickets_are_what_their_script_writes() -> None:
     """If this fails, run `python examples/support-tickets/make.py`."""
     made = runpy.run_path(str(TICKETS / "make.py"))["files"]()
