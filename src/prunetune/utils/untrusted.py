@@ -31,6 +31,11 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def special_file(folder: Path) -> Path | None:
+    """A pipe, socket or device in the folder, or a link to one, whose reader might wait for ever; None without one."""
+    return next((file for file in folder.rglob("*") if file.exists() and not (file.is_file() or file.is_dir())), None)
+
+
 def parse_json(text: str | bytes, *, nan: bool = False, surrogates: bool = False, unique_keys: bool = False) -> Any:
     """The value of a JSON text; raises `ValueError` whatever is wrong, such as depth beyond `MAX_DEPTH`.
 
