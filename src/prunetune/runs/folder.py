@@ -22,7 +22,7 @@ from prunetune.manifest import Manifest
 from prunetune.utils.files import PARTIAL, expand_path, write_text
 from prunetune.utils.json_lines import JsonObject, append_json_line, read_json_lines, write_json_lines
 from prunetune.utils.suggest import similar_names
-from prunetune.utils.untrusted import read_text, special_file
+from prunetune.utils.untrusted import read_text, refuse_special_files
 
 log = logging.getLogger(__name__)
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
@@ -130,7 +130,7 @@ def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str]
         if _has_contents(folder.path):
             raise RunFolderError(f"{folder.path} exists already: continue it with --resume, or name another with --out")
     elif recipe.exists():
-        refuse_special_files(folder.path)
+        refuse_special_files(folder.path, RunFolderError)
         _raise_if_recipe_changed(recipe, config, changeable)
     elif _has_contents(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume: name another with --out")
@@ -147,12 +147,6 @@ def run_path(config: RunConfig) -> Path:
     if not config.out.strip():
         raise RunFolderError(f"out {config.out!r} names no folder: name one with --out, such as runs/support")
     return expand_path(config.out)
-
-
-def refuse_special_files(path: Path) -> None:
-    """Raise `RunFolderError` where the folder holds a pipe, a socket or a device: its reader might wait for ever."""
-    if found := special_file(path):
-        raise RunFolderError(f"{found} is a pipe or a device, which no run writes: remove it, or name another folder")
 
 
 def _raise_if_not_writable(path: Path) -> None:
@@ -265,5 +259,5 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     recipe = path / "config.yaml"
     if not recipe.is_file():
         raise RunFolderError(f"{path} is no run folder (no config.yaml): name one that `prunetune run` made")
-    refuse_special_files(path)
+    refuse_special_files(path, RunFolderError)
     return RunFolder(path), load_saved_recipe(recipe)
