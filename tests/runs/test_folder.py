@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import yaml
 
 from prunetune.config.recipe import from_mapping, to_mapping
-from prunetune.errors import RunFolderError
-from prunetune.runs.folder import RunFolder, check_folder
+from prunetune.errors import ModelError, RunFolderError
+from prunetune.model.loading import resolve_model_path
+from prunetune.report.run_folder import read_run
+from prunetune.runs.folder import RunFolder, check_folder, open_run, write_recipe
 
 
 def test_dropping_records_keeps_earlier_steps_and_survives_odd_lines(tmp_path: Path) -> None:
@@ -43,3 +46,27 @@ def test_changed_option_that_the_first_version_did_not_have_is_called_new(tmp_pa
     assert "seed was 0 and is now 3" in line
     assert "search.method, which the version that began the run did not have, is now 'generator'" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "tuned/adapter/adapter_config.json"])
+def test_folder_with_a_pipe_is_refused_by_every_opener_and_none_waits(name: str, tmp_path: Path) -> None:
+    """A reader of a pipe waits for ever; a link to a device is no better."""
+    config, path = from_mapping({"out": str(tmp_path / "run")}), tmp_path / "run"
+    path.mkdir()
+    write_recipe(RunFolder(path), config)
+    (path / "config.json").write_text("{}")  # so that it could be a model, too
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    for error, opens in (
+        (RunFolderError, lambda: check_folder(config, resume=True)),
+        (RunFolderError, lambda: open_run(path)),
+        (RunFolderError, lambda: read_run(path)),
+        (ModelError, lambda: resolve_model_path(str(path))),
+    ):
+        with pytest.raises(error, match=r"is a pipe or a device|no run folder"):
+            opens()
+    (path / name).unlink()
+    (path / name).symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match="is a pipe or a device"):
+        resolve_model_path(str(path))

@@ -36,7 +36,7 @@ from prunetune.utils.failures import first_line, reading_model_files
 from prunetune.utils.files import expand_path
 from prunetune.utils.hub_access import hub_failure
 from prunetune.utils.suggest import similar_names
-from prunetune.utils.untrusted import parse_json
+from prunetune.utils.untrusted import parse_json, refuse_special_files
 
 log = logging.getLogger(__name__)
 DEMO = "demo"
@@ -74,6 +74,7 @@ def resolve_model_path(name: str) -> str:
         return str(dequantize_gguf(file))
     path = expand_path(name)
     if path.is_dir():
+        refuse_special_files(path, ModelError)
         if (path / "adapter_config.json").is_file():  # which transformers would open as its base
             from prunetune.model.adapter_folder import merge_adapter_folder
 

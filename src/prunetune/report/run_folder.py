@@ -15,7 +15,7 @@ from prunetune.evaluation.results import Evaluation
 from prunetune.manifest import Manifest, finite_number
 from prunetune.plan import Plan
 from prunetune.utils.json_lines import JsonObject, read_json_lines
-from prunetune.utils.untrusted import read_text
+from prunetune.utils.untrusted import read_text, refuse_special_files
 
 Parsed = TypeVar("Parsed")
 
@@ -47,6 +47,7 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run folder; raises `RunFolderError` where the folder or its `config.yaml` is missing."""
     if not folder.is_dir():
         raise RunFolderError(f"{folder} is not a folder; name the run folder that `prunetune run` made")
+    refuse_special_files(folder, RunFolderError)
     try:
         config_text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError as unreadable:

@@ -22,7 +22,7 @@ from prunetune.manifest import Manifest
 from prunetune.utils.files import PARTIAL, expand_path, write_text
 from prunetune.utils.json_lines import JsonObject, append_json_line, read_json_lines, write_json_lines
 from prunetune.utils.suggest import similar_names
-from prunetune.utils.untrusted import read_text
+from prunetune.utils.untrusted import read_text, refuse_special_files
 
 log = logging.getLogger(__name__)
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
@@ -130,6 +130,7 @@ def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str]
         if _has_contents(folder.path):
             raise RunFolderError(f"{folder.path} exists already: continue it with --resume, or name another with --out")
     elif recipe.exists():
+        refuse_special_files(folder.path, RunFolderError)
         _raise_if_recipe_changed(recipe, config, changeable)
     elif _has_contents(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume: name another with --out")
@@ -258,4 +259,5 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     recipe = path / "config.yaml"
     if not recipe.is_file():
         raise RunFolderError(f"{path} is no run folder (no config.yaml): name one that `prunetune run` made")
+    refuse_special_files(path, RunFolderError)
     return RunFolder(path), load_saved_recipe(recipe)

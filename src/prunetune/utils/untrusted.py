@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prunetune.errors import PrunetuneError
+
 MAX_DEPTH = 100  # of lists and objects in each other
 MAX_DIGITS = 300  # of a number: with more it is no finite float
 MAX_BYTES = 2**30  # of a file
@@ -29,6 +31,13 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     if path.stat().st_size > max_bytes:
         raise ValueError(f"it has {path.stat().st_size:,} bytes, and {max_bytes:,} are read at most")
     return path.read_text(encoding="utf-8")
+
+
+def refuse_special_files(folder: Path, error: type[PrunetuneError]) -> None:
+    """Raise this error where the folder holds a pipe, socket or device, or a link to one: a reader might never end."""
+    for file in folder.rglob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise error(f"{file} is a pipe or a device, which neither a run nor a model has: remove it")
 
 
 def parse_json(text: str | bytes, *, nan: bool = False, surrogates: bool = False, unique_keys: bool = False) -> Any:
