@@ -7,6 +7,12 @@ gives the next token after each of these 32 beginnings. A token counts as equal,
 transformers, with the same rounded weights, its logit is no further below the best than rounding moved any logit there,
 or than a tie (a thousandth of the largest logit).
 Modelfile: it is beside the .gguf file, with a template or the reason why it has none.
+
+    python benchmarks/formats.py RUN [RUN ...] --held-out 'legal/*/test.jsonl' [--only "gguf q4_k_m"] [--results FILE]
+
+Instead: how far each of llama.cpp's mixes moves the next tokens of the float32 model (mean KL divergence), with the
+importance matrix that `export` takes from the run's data and without one, on 32 rows of these files, spread evenly, 512
+tokens of each at most. No row of them may be the run's own.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,9 @@ from torch import Tensor
 
 from prunetune.bench.measure_models import measure_in_process
 from prunetune.bench.options import BenchOptions
+from prunetune.config.recipe import DataConfig
+from prunetune.data.encoding import encode
+from prunetune.data.sources import read_records
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.suites.evaluate_and_check import check, evaluate
 from prunetune.evaluation.suites.http_client import EndpointClient
@@ -35,6 +44,7 @@ from prunetune.evaluation.suites.options import CheckOptions
 from prunetune.export.checkpoint import WrittenCheckpoint
 from prunetune.export.formats import export_run
 from prunetune.export.gguf import llamacpp
+from prunetune.export.gguf.importance import NO_IMPORTANCE, measure_importance
 from prunetune.export.gguf.tensors import MIXES, rounded_as_stored
 from prunetune.export.quantize import rounded_as_quantized
 from prunetune.export.result import ExportOptions
@@ -53,6 +63,7 @@ SUITE = {
         "written": {"data": "written.jsonl", "scorer": "rouge", "max_new_tokens": 8},
     },
 }
+HELD_OUT_ROWS = 32
 PLACES = ["heart", "head", "lung"]
 
 
@@ -157,6 +168,31 @@ def measure(source: ExportSource, made: Format, case: Case, suite: Path) -> dict
     return row
 
 
+@torch.inference_mode()
+def divergences(source: ExportSource, held_out: str, mixes: Sequence[str], results: Path | None) -> None:
+    """Print or append a row for each mix: KL without an importance matrix over KL with it."""
+    records = read_records([held_out], DataConfig(), "test")
+    records = records[:: max(1, len(records) // HELD_OUT_ROWS)][:HELD_OUT_ROWS]
+    rows = [row.token_ids[:512] for row in encode(records, source.tokenizer, DataConfig(), 2**20).examples]
+    model, importance, tokens = source.load_model(), measure_importance(source, ExportOptions.imatrix_tokens), sum(map(len, rows))
+    for mix in mixes:
+        rounded = [rounded_as_stored(model, mix, matrix)[0] for matrix in (NO_IMPORTANCE, importance)]
+        kl = [0.0, 0.0]
+        for ids in rows:
+            exact, *others = (each(torch.tensor([ids])).logits[0].log_softmax(-1) for each in (model, *rounded))
+            kl = [
+                mean + float((exact.exp() * (exact - own)).sum()) / tokens for mean, own in zip(kl, others, strict=True)
+            ]
+        row = {
+            "bar": "imatrix", "case": f"{source.name}: KL of gguf {mix} from float32, {tokens:,} tokens of {len(rows)} "
+            f"held-out rows: {kl[0]:.5f} without, {kl[1]:.5f} with the {importance.note}",
+            "value": round(kl[0] / kl[1], 3), "target": ">= 1", "met": kl[1] <= kl[0], "unit": "x",
+            "device": "2 cores of a CPU", "command": "python benchmarks/formats.py RUN --held-out ROWS",
+            "commit": installed_commit() or "", "final": True,
+        }  # fmt: skip
+        give(row, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
@@ -164,11 +200,16 @@ def main() -> None:
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--only", nargs="+", metavar="FORMAT", help="names in the first column, such as 'gguf f16'")
     parser.add_argument("--results", type=Path, help="append a row for bar S1")
+    parser.add_argument("--held-out", help="measure what the importance matrix gives on these rows instead")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # llama.cpp's threads wait for each other, which takes long where cores are shared
     lines, good, cells = [], 0, 0
     for run in asked.runs:
         source = ExportSource.open(run)
+        if asked.held_out:
+            mixes = [mix for mix in MIXES if not asked.only or f"gguf {mix}" in asked.only]
+            divergences(source, asked.held_out, mixes, asked.results)
+            continue
         prompts = llamacpp.check_prompts(source)
         shortest = min(map(len, prompts))
         prompts = [ids[:shortest] for ids in prompts]
@@ -191,6 +232,8 @@ def main() -> None:
                 good += sum(counted) == 32 and all(row[name] == "yes" for name in ("eval", "bench", "check"))
                 cells += not row["export"].startswith("not written") and made.to != "mlx"
         lines.append("")
+    if asked.held_out:
+        return
     table = "\n".join(lines)
     if asked.docs is None:
         print(table)

@@ -102,13 +102,14 @@ class QuantizableLinears:
 
 def find_quantizable(source: ExportSource, scheme: QuantizationScheme) -> QuantizableLinears:
     """Sort the linears by their stored shapes; no weight is read."""
-    names = _linears_but_head(build_meta_model(source.config))
+    names = linears_but_head(build_meta_model(source.config))
     widths = {name: source.shape(f"{name}.weight")[1] for name in names if f"{name}.weight" in source.tensor_files}
     skipped = {name: width for name, width in widths.items() if width % scheme.block_size}
     return QuantizableLinears(tuple(name for name in widths if name not in skipped), skipped)
 
 
-def _linears_but_head(model: Any) -> dict[str, nn.Linear]:
+def linears_but_head(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of a model by name, without its output head."""
     head = model.get_output_embeddings()
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
@@ -123,7 +124,7 @@ def rounded_as_quantized(model: Any, kind: str) -> tuple[Any, int]:
     """
     scheme, rounded = SCHEMES[kind], copy.deepcopy(model)
     size = sum(weight.nbytes for weight in rounded.parameters())
-    for linear in _linears_but_head(rounded).values():
+    for linear in linears_but_head(rounded).values():
         if linear.in_features % scheme.block_size == 0:
             values, stored_bytes = scheme.round_weight(linear)
             size += stored_bytes - linear.weight.nbytes
