@@ -79,27 +79,27 @@ class Format:
 
 def formats_of(source: ExportSource) -> list[Format]:
     """The layout's own folder, its quantised forms, ONNX, and every type of GGUF."""
-    listed = [
+    importance = measure_importance(source, ExportOptions.imatrix_tokens)
+    return [
         Format(source.layout, source.layout, ExportOptions(), None),
         Format("onnx", "onnx", ExportOptions(), None),
-    ]
-    listed.append(Format("mlx", "mlx", ExportOptions(dtype="f32"), None))
-    for kind in ("int8", "int4"):
-        listed.append(
+        Format("mlx", "mlx", ExportOptions(dtype="f32"), None),
+        *(
             Format(
-                kind, "", ExportOptions(quantize=kind), lambda model, kind=kind: rounded_as_quantized(model, kind)[0]
+                name, "", ExportOptions(quantize=name), lambda model, name=name: rounded_as_quantized(model, name)[0]
             )
-        )
-    for kind in GGUF_TYPES:
-        listed.append(
+            for name in ("int8", "int4")
+        ),
+        *(
             Format(
                 f"gguf {kind}",
                 "gguf",
                 ExportOptions(dtype=kind),
-                lambda model, kind=kind: rounded_as_stored(model, kind)[0],
+                lambda model, kind=kind: rounded_as_stored(model, kind, importance)[0],
             )
-        )
-    return listed
+            for kind in GGUF_TYPES
+        ),
+    ]
 
 
 def next_tokens(path: Path, made: Format, case: Case, tokens: Tensor, start: int) -> tuple[str, list[int]]:
@@ -174,7 +174,8 @@ def divergences(source: ExportSource, held_out: str, mixes: Sequence[str], resul
     records = read_records([held_out], DataConfig(), "test")
     records = records[:: max(1, len(records) // HELD_OUT_ROWS)][:HELD_OUT_ROWS]
     rows = [row.token_ids[:512] for row in encode(records, source.tokenizer, DataConfig(), 2**20).examples]
-    model, importance, tokens = source.load_model(), measure_importance(source, ExportOptions.imatrix_tokens), sum(map(len, rows))
+    importance = measure_importance(source, ExportOptions.imatrix_tokens)
+    model, tokens = source.load_model(), sum(map(len, rows))
     for mix in mixes:
         rounded = [rounded_as_stored(model, mix, matrix)[0] for matrix in (NO_IMPORTANCE, importance)]
         kl = [0.0, 0.0]
