@@ -12,7 +12,8 @@ Modelfile: it is beside the .gguf file, with a template or the reason why it has
 
 Instead: how far each of llama.cpp's mixes moves the next tokens of the float32 model (mean KL divergence), with the
 importance matrix that `export` takes from the run's data and without one, on 32 rows of these files, spread evenly, 512
-tokens of each at most. No row of them may be the run's own.
+tokens of each at most. No row of them may be the run's own. The demo's model comes in Q4_1, a grid of 16 values in a
+block, on which Q5_1 can be exact: --dither Q4_1 adds noise of one step, so that weights are continuous as before.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from prunetune.export.formats import export_run
 from prunetune.export.gguf import llamacpp
 from prunetune.export.gguf.importance import NO_IMPORTANCE, measure_importance
 from prunetune.export.gguf.tensors import MIXES, rounded_as_stored
-from prunetune.export.quantize import rounded_as_quantized
+from prunetune.export.quantize import linears_but_head, rounded_as_quantized
 from prunetune.export.result import ExportOptions
-from prunetune.export.selfcheck import reopen_in_fresh_process
+from prunetune.export.selfcheck import FreshReader
 from prunetune.export.source import ExportSource
 from prunetune.utils.environment import installed_commit
 from prunetune.utils.json_lines import write_json_lines
@@ -121,7 +122,8 @@ def next_tokens(path: Path, made: Format, case: Case, tokens: Tensor, start: int
         logits, runtime = torch.from_numpy(session.run(["logits"], feed)[0]), f"onnxruntime {onnxruntime.__version__}"
     else:
         written = WrittenCheckpoint(path, "", case.source.layout, case.source.layout == "per-layer", 0, 0)
-        logits, runtime = reopen_in_fresh_process(written, tokens)["logits"], "transformers, a fresh process"
+        with FreshReader() as reader:
+            logits, runtime = reader.read(written, tokens)["logits"], "transformers, a fresh process"
     return runtime, logits[:, start - 1 :].argmax(-1).flatten().tolist()
 
 
@@ -169,13 +171,21 @@ def measure(source: ExportSource, made: Format, case: Case, suite: Path) -> dict
 
 
 @torch.inference_mode()
-def divergences(source: ExportSource, held_out: str, mixes: Sequence[str], results: Path | None) -> None:
+def divergences(
+    source: ExportSource, held_out: str, mixes: Sequence[str], results: Path | None, *, dither: bool
+) -> None:
     """Print or append a row for each mix: KL without an importance matrix over KL with it."""
     records = read_records([held_out], DataConfig(), "test")
     records = records[:: max(1, len(records) // HELD_OUT_ROWS)][:HELD_OUT_ROWS]
     rows = [row.token_ids[:512] for row in encode(records, source.tokenizer, DataConfig(), 2**20).examples]
     importance = measure_importance(source, ExportOptions.imatrix_tokens)
     model, tokens = source.load_model(), sum(map(len, rows))
+    torch.manual_seed(0)
+    for linear in linears_but_head(model).values() if dither else ():
+        for block in linear.weight.split(32, dim=1):  # its least and largest are the first and the last of 16 values
+            steps = (block.amax(1, keepdim=True) - block.amin(1, keepdim=True)) / 15
+            block += (torch.rand_like(block) - 0.5) * steps
+    name = source.name + ", dithered" * dither
     for mix in mixes:
         rounded = [rounded_as_stored(model, mix, matrix)[0] for matrix in (NO_IMPORTANCE, importance)]
         kl = [0.0, 0.0]
@@ -185,7 +195,7 @@ def divergences(source: ExportSource, held_out: str, mixes: Sequence[str], resul
                 mean + float((exact.exp() * (exact - own)).sum()) / tokens for mean, own in zip(kl, others, strict=True)
             ]
         row = {
-            "bar": "imatrix", "case": f"{source.name}: KL of gguf {mix} from float32, {tokens:,} tokens of {len(rows)} "
+            "bar": "S1", "case": f"{name}: KL of gguf {mix} from float32, {tokens:,} tokens of {len(rows)} "
             f"held-out rows: {kl[0]:.5f} without, {kl[1]:.5f} with the {importance.note}",
             "value": round(kl[0] / kl[1], 3), "target": ">= 1", "met": kl[1] <= kl[0], "unit": "x",
             "device": "2 cores of a CPU", "command": "python benchmarks/formats.py RUN --held-out ROWS",
@@ -202,6 +212,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="FORMAT", help="names in the first column, such as 'gguf f16'")
     parser.add_argument("--results", type=Path, help="append a row for bar S1")
     parser.add_argument("--held-out", help="measure what the importance matrix gives on these rows instead")
+    parser.add_argument("--dither", choices=["Q4_1"])
     asked = parser.parse_args()
     torch.set_num_threads(1)  # llama.cpp's threads wait for each other, which takes long where cores are shared
     lines, good, cells = [], 0, 0
@@ -209,7 +220,7 @@ def main() -> None:
         source = ExportSource.open(run)
         if asked.held_out:
             mixes = [mix for mix in MIXES if not asked.only or f"gguf {mix}" in asked.only]
-            divergences(source, asked.held_out, mixes, asked.results)
+            divergences(source, asked.held_out, mixes, asked.results, dither=asked.dither == "Q4_1")
             continue
         prompts = llamacpp.check_prompts(source)
         shortest = min(map(len, prompts))

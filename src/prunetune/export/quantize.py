@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint, edit_json
 from prunetune.export.result import ExportResult, RuntimeCheck
-from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
+from prunetune.export.selfcheck import FreshReader, compute_logits
 from prunetune.export.source import ExportSource
 from prunetune.model.per_layer_code import build_meta_model
 from prunetune.pruning.linears import ROWS
@@ -191,7 +191,8 @@ def _check_quantized(
 ) -> RuntimeCheck:
     """Open the model in a fresh process; raises `SelfCheckFailed` if its logits are far from those `expected`."""
     written = WrittenCheckpoint(path, "", source.layout, source.layout == "per-layer", 0, 0)
-    logits = reopen_in_fresh_process(written, source.probe_tokens())["logits"]
+    with FreshReader() as reader:
+        logits = reader.read(written, source.probe_tokens())["logits"]
     error = _relative_error(logits, expected)
     same = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
     detail = f"{100 * error:.2f}% root mean square error of logits, {100 * same:.0f}% of most likely tokens equal"

@@ -31,7 +31,7 @@ FLOOR = 1e-6  # of a linear's mean: a column that was 0 on these rows need not b
 class ImportanceMatrix:
     """Weights of squared errors in quantisation, and what they are from."""
 
-    note: str  # "importance matrix from 16,384 tokens of 45 rows of the run", or why there is none
+    note: str  # "importance matrix from 8,192 tokens of 45 rows of the run", or why there is none
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # linear -> [C], above 0
     rows: int = 0
 
@@ -57,9 +57,9 @@ def measure_importance(source: ExportSource, max_tokens: int) -> ImportanceMatri
     try:
         splits = load_splits(config.data, config.seed, config.report.redaction)
         manifest = source.run / "manifest.json"
-        hashes = Manifest.from_json(read_text(manifest)).data.hashes if manifest.exists() else {}
-        for name in ("train", "texts"):
-            if name in splits.hashes and hashes.get(name, splits.hashes[name]) != splits.hashes[name]:
+        before = Manifest.from_json(read_text(manifest)).data.hashes if manifest.exists() else {}
+        for name, digest in splits.hashes.items():
+            if name in ("train", "texts") and before.get(name, digest) != digest:
                 return _none(f"the rows of {name} changed since the run")
         text_tokens = round(max_tokens * config.data.distill_texts_share) if splits.texts else 0
         for records, left in ((splits.train, max_tokens - text_tokens), (splits.texts, text_tokens)):
