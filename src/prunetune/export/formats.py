@@ -120,9 +120,7 @@ def _check_options(to: str, source: ExportSource, options: ExportOptions) -> Non
     if options.pad and to != "uniform":
         raise ConfigError(f"--pad makes layers of one width, for --to uniform; {to} has no use for it: leave it out")
     if options.imatrix_tokens < 0:
-        raise ConfigError(
-            f"--imatrix-tokens {options.imatrix_tokens}: use 0 for no importance matrix, or a number above"
-        )
+        raise ConfigError(f"--imatrix-tokens {options.imatrix_tokens} is below 0: use 0 for no importance matrix")
     if options.imatrix_tokens not in (0, ExportOptions.imatrix_tokens) and options.dtype not in MIXES:
         raise ConfigError(f"--imatrix-tokens is for gguf in {', '.join(MIXES)}: name one by --dtype, or leave it out")
     if not options.quantize:
