@@ -7,6 +7,13 @@ gives the next token after each of these 32 beginnings. A token counts as equal,
 transformers, with the same rounded weights, its logit is no further below the best than rounding moved any logit there,
 or than a tie (a thousandth of the largest logit).
 Modelfile: it is beside the .gguf file, with a template or the reason why it has none.
+
+    python benchmarks/formats.py RUN [RUN ...] --held-out 'legal/*/test.jsonl' [--only "gguf q4_k_m"] [--results FILE]
+
+Instead: how far each of llama.cpp's mixes moves the next tokens of the float32 model (mean KL divergence), with the
+importance matrix that `export` takes from the run's data and without one, on 32 rows of these files, spread evenly, 512
+tokens of each at most. No row of them may be the run's own. The demo's model comes in Q4_1, a grid of 16 values in a
+block, on which Q5_1 can be exact: --dither Q4_1 adds noise of one step, so that weights are continuous as before.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +34,9 @@ from torch import Tensor
 
 from prunetune.bench.measure_models import measure_in_process
 from prunetune.bench.options import BenchOptions
+from prunetune.config.recipe import DataConfig
+from prunetune.data.encoding import encode
+from prunetune.data.sources import read_records
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.suites.evaluate_and_check import check, evaluate
 from prunetune.evaluation.suites.http_client import EndpointClient
@@ -35,10 +45,11 @@ from prunetune.evaluation.suites.options import CheckOptions
 from prunetune.export.checkpoint import WrittenCheckpoint
 from prunetune.export.formats import export_run
 from prunetune.export.gguf import llamacpp
+from prunetune.export.gguf.importance import NO_IMPORTANCE, measure_importance
 from prunetune.export.gguf.tensors import MIXES, rounded_as_stored
-from prunetune.export.quantize import rounded_as_quantized
+from prunetune.export.quantize import linears_but_head, rounded_as_quantized
 from prunetune.export.result import ExportOptions
-from prunetune.export.selfcheck import reopen_in_fresh_process
+from prunetune.export.selfcheck import FreshReader
 from prunetune.export.source import ExportSource
 from prunetune.utils.environment import installed_commit
 from prunetune.utils.json_lines import write_json_lines
@@ -53,6 +64,7 @@ SUITE = {
         "written": {"data": "written.jsonl", "scorer": "rouge", "max_new_tokens": 8},
     },
 }
+HELD_OUT_ROWS = 32
 PLACES = ["heart", "head", "lung"]
 
 
@@ -68,27 +80,27 @@ class Format:
 
 def formats_of(source: ExportSource) -> list[Format]:
     """The layout's own folder, its quantised forms, ONNX, and every type of GGUF."""
-    listed = [
+    importance = measure_importance(source, ExportOptions.imatrix_tokens)
+    return [
         Format(source.layout, source.layout, ExportOptions(), None),
         Format("onnx", "onnx", ExportOptions(), None),
-    ]
-    listed.append(Format("mlx", "mlx", ExportOptions(dtype="f32"), None))
-    for kind in ("int8", "int4"):
-        listed.append(
+        Format("mlx", "mlx", ExportOptions(dtype="f32"), None),
+        *(
             Format(
-                kind, "", ExportOptions(quantize=kind), lambda model, kind=kind: rounded_as_quantized(model, kind)[0]
+                name, "", ExportOptions(quantize=name), lambda model, name=name: rounded_as_quantized(model, name)[0]
             )
-        )
-    for kind in GGUF_TYPES:
-        listed.append(
+            for name in ("int8", "int4")
+        ),
+        *(
             Format(
                 f"gguf {kind}",
                 "gguf",
                 ExportOptions(dtype=kind),
-                lambda model, kind=kind: rounded_as_stored(model, kind)[0],
+                lambda model, kind=kind: rounded_as_stored(model, kind, importance)[0],
             )
-        )
-    return listed
+            for kind in GGUF_TYPES
+        ),
+    ]
 
 
 def next_tokens(path: Path, made: Format, case: Case, tokens: Tensor, start: int) -> tuple[str, list[int]]:
@@ -110,7 +122,8 @@ def next_tokens(path: Path, made: Format, case: Case, tokens: Tensor, start: int
         logits, runtime = torch.from_numpy(session.run(["logits"], feed)[0]), f"onnxruntime {onnxruntime.__version__}"
     else:
         written = WrittenCheckpoint(path, "", case.source.layout, case.source.layout == "per-layer", 0, 0)
-        logits, runtime = reopen_in_fresh_process(written, tokens)["logits"], "transformers, a fresh process"
+        with FreshReader() as reader:
+            logits, runtime = reader.read(written, tokens)["logits"], "transformers, a fresh process"
     return runtime, logits[:, start - 1 :].argmax(-1).flatten().tolist()
 
 
@@ -157,6 +170,40 @@ def measure(source: ExportSource, made: Format, case: Case, suite: Path) -> dict
     return row
 
 
+@torch.inference_mode()
+def divergences(
+    source: ExportSource, held_out: str, mixes: Sequence[str], results: Path | None, *, dither: bool
+) -> None:
+    """Print or append a row for each mix: KL without an importance matrix over KL with it."""
+    records = read_records([held_out], DataConfig(), "test")
+    records = records[:: max(1, len(records) // HELD_OUT_ROWS)][:HELD_OUT_ROWS]
+    rows = [row.token_ids[:512] for row in encode(records, source.tokenizer, DataConfig(), 2**20).examples]
+    importance = measure_importance(source, ExportOptions.imatrix_tokens)
+    model, tokens = source.load_model(), sum(map(len, rows))
+    torch.manual_seed(0)
+    for linear in linears_but_head(model).values() if dither else ():
+        for block in linear.weight.split(32, dim=1):  # its least and largest are the first and the last of 16 values
+            steps = (block.amax(1, keepdim=True) - block.amin(1, keepdim=True)) / 15
+            block += (torch.rand_like(block) - 0.5) * steps
+    name = source.name + ", dithered" * dither
+    for mix in mixes:
+        rounded = [rounded_as_stored(model, mix, matrix)[0] for matrix in (NO_IMPORTANCE, importance)]
+        kl = [0.0, 0.0]
+        for ids in rows:
+            exact, *others = (each(torch.tensor([ids])).logits[0].log_softmax(-1) for each in (model, *rounded))
+            kl = [
+                mean + float((exact.exp() * (exact - own)).sum()) / tokens for mean, own in zip(kl, others, strict=True)
+            ]
+        row = {
+            "bar": "S1", "case": f"{name}: KL of gguf {mix} from float32, {tokens:,} tokens of {len(rows)} "
+            f"held-out rows: {kl[0]:.5f} without, {kl[1]:.5f} with the {importance.note}",
+            "value": round(kl[0] / kl[1], 3), "target": ">= 1", "met": kl[1] <= kl[0], "unit": "x",
+            "device": "2 cores of a CPU", "command": "python benchmarks/formats.py RUN --held-out ROWS",
+            "commit": installed_commit() or "", "final": True,
+        }  # fmt: skip
+        give(row, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
@@ -164,11 +211,17 @@ def main() -> None:
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--only", nargs="+", metavar="FORMAT", help="names in the first column, such as 'gguf f16'")
     parser.add_argument("--results", type=Path, help="append a row for bar S1")
+    parser.add_argument("--held-out", help="measure what the importance matrix gives on these rows instead")
+    parser.add_argument("--dither", choices=["Q4_1"])
     asked = parser.parse_args()
     torch.set_num_threads(1)  # llama.cpp's threads wait for each other, which takes long where cores are shared
     lines, good, cells = [], 0, 0
     for run in asked.runs:
         source = ExportSource.open(run)
+        if asked.held_out:
+            mixes = [mix for mix in MIXES if not asked.only or f"gguf {mix}" in asked.only]
+            divergences(source, asked.held_out, mixes, asked.results, dither=asked.dither == "Q4_1")
+            continue
         prompts = llamacpp.check_prompts(source)
         shortest = min(map(len, prompts))
         prompts = [ids[:shortest] for ids in prompts]
@@ -191,6 +244,8 @@ def main() -> None:
                 good += sum(counted) == 32 and all(row[name] == "yes" for name in ("eval", "bench", "check"))
                 cells += not row["export"].startswith("not written") and made.to != "mlx"
         lines.append("")
+    if asked.held_out:
+        return
     table = "\n".join(lines)
     if asked.docs is None:
         print(table)

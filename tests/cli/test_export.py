@@ -71,7 +71,7 @@ def test_impossible_export_exits_with_2_and_one_line(
 
 def test_failed_selfcheck_exits_with_1(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_write, "verify_tensors", lambda *_: None)
-    monkeypatch.setattr(tensors, "quantize_rows", lambda rows, type, name: (0 * rows).numpy())
+    monkeypatch.setattr(tensors, "quantize_rows", lambda rows, *_: (0 * rows).numpy())
     code, out, err = say(str(run), "--to", "gguf", "--dtype", "f32", "--out", str(tmp_path / "x.gguf"))
     if not llamacpp.runtime_version():
         pytest.skip("needs llama.cpp")

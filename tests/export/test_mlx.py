@@ -16,6 +16,7 @@ from prunetune import Plan, export_run
 from prunetune.errors import ConfigError, ModelError
 from prunetune.export import mlx
 from prunetune.export.result import ExportOptions
+from prunetune.model.loading import load_config
 from support.data import subwords
 from support.export import WIDE, run_folder
 from support.models import random_plan, relative, tiny
@@ -68,6 +69,8 @@ def test_openelm_has_the_logits_of_the_per_layer_model(family: str, tied: bool, 
     assert result.commands == (f"mlx_lm.chat --model {result.path}",)
     assert not result.checks[-1].ran
     assert (result.path / "tokenizer.json").is_file()
+    with pytest.raises(ModelError, match=r"'openelm' .* run mlx_lm.server --model .*, and name its address"):
+        load_config(str(result.path))
 
 
 def test_uniform_model_keeps_its_class(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunetune.export.checkpoint import write_checkpoint
-from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
+from prunetune.export.selfcheck import FreshReader, compute_logits
 from prunetune.export.streamed_cut import StreamedModel, cut_streamed
 from prunetune.model.loading import load_empty_model, open_safetensors
 from prunetune.pruning.cut import cut
@@ -110,7 +110,8 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
         streamed.model, characters(), plan, sites, tmp_path / "model", layout="per-layer", card="",
         shards=tmp_path / "shards",
     )  # fmt: skip
-    reopened = reopen_in_fresh_process(written, tokens(), streamed=True)
+    with FreshReader() as reader:
+        reopened = reader.read(written, tokens(), streamed=True)
     assert int(reopened["params"]) == written.params
     assert relative(reopened["logits"], expected) < 1e-5
 

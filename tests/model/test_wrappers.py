@@ -23,7 +23,7 @@ from prunetune.pruning.sites import lora_target_modules
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from prunetune.utils.console import SilentConsole
-from support.again import recipe, reopen_here
+from support.again import ReaderHere, recipe
 from support.evaluation import characters, write_model_and_rows
 from support.models import relative, with_lora
 
@@ -182,7 +182,7 @@ def test_run_of_a_multimodal_model_writes_one(tmp_path: Path, monkeypatch: pytes
     config = json.loads((result / "config.json").read_text())
     assert config["text_config"]["intermediate_size"] < TEXT["intermediate_size"]
     assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
-    monkeypatch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)  # the run has had its check in a fresh one
+    monkeypatch.setattr(selfcheck, "FreshReader", ReaderHere)  # the run has had its check in a fresh one
     exported = export_run(tmp_path / "run", to="uniform", options=ExportOptions(dtype="bf16"))
     assert json.loads((exported.path / "config.json").read_text())["text_config"] == config["text_config"]
     with pytest.raises(ConfigError, match=r"^gguf of a multimodal model \(gemma3\) is not written: use --to uniform"):

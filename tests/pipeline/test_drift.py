@@ -20,7 +20,7 @@ from prunetune.export import selfcheck
 from prunetune.pipeline import multi_size
 from prunetune.pipeline import stages as stage
 from prunetune.pipeline.run import run
-from support.again import reopen_here
+from support.again import ReaderHere
 from support.evaluation import write_model_and_rows
 
 
@@ -28,7 +28,7 @@ from support.evaluation import write_model_and_rows
 def reopened_here() -> Iterator[None]:
     """Checks of written models open them in this process: fresh ones take seconds, and other tests start them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)
+        patch.setattr(selfcheck, "FreshReader", ReaderHere)
         yield
 
 

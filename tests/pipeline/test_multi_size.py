@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.errors import ConfigError, LimitBroken, ModelError, PlanError, RunFolderError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
+from prunetune.export import selfcheck
 from prunetune.export.source import ExportSource
 from prunetune.pipeline import finish, multi_size, recording
 from prunetune.pipeline import run as run_module
@@ -90,6 +92,7 @@ def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the check of written models in a fresh process, which other tests cover."""
     monkeypatch.setattr(finish, "check_checkpoint", lambda *_, **__: SOUND)
+    monkeypatch.setattr(selfcheck, "FreshReader", nullcontext)
 
 
 def of(run: Path, keep: float) -> Path:

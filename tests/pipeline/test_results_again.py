@@ -26,7 +26,7 @@ from prunetune.pipeline.run import run
 from prunetune.pruning.remaining_sites import plan_within
 from prunetune.pruning.units import dense_plan
 from prunetune.utils.console import SilentConsole
-from support.again import recipe, reopen_here
+from support.again import ReaderHere, recipe
 from support.data import subwords, write_lines
 from support.evaluation import characters, speaker, write_model_and_rows
 from support.export import plan_of, reference_here
@@ -110,7 +110,7 @@ def make_of_another_tool(folder: Path) -> dict[str, Any]:
 def checks_here() -> Iterator[None]:
     """Checks and measurements in this process, as fresh ones take seconds to start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)
+        patch.setattr(selfcheck, "FreshReader", ReaderHere)
         patch.setattr(llamacpp, "reference_continuations", reference_here)
         patch.setattr(measure_models, "Worker", lambda spec, options, opener: opener(spec, options))
         yield

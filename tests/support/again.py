@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -33,9 +34,14 @@ def recipe(folder: Path, model: Path, out: str, **changes: Any) -> RunConfig:
     return from_mapping(values | changes)
 
 
-def reopen_here(written: WrittenCheckpoint, tokens: Tensor, **_: Any) -> dict[str, Tensor]:
-    """Replaces `selfcheck.reopen_in_fresh_process`."""
-    register_folder(written.folder)
-    auto = auto_class(AutoConfig.from_pretrained(written.folder))
-    model = auto.from_pretrained(written.folder, dtype=torch.float32).eval()
-    return {"logits": compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
+class ReaderHere(nullcontext[None]):
+    """Replaces `selfcheck.FreshReader`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def read(self, written: WrittenCheckpoint, tokens: Tensor, **_: Any) -> dict[str, Tensor]:
+        register_folder(written.folder)
+        auto = auto_class(AutoConfig.from_pretrained(written.folder))
+        model = auto.from_pretrained(written.folder, dtype=torch.float32).eval()
+        return {"logits": compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}

@@ -22,7 +22,6 @@ from prunetune.data.encoding import Example
 from prunetune.errors import PrunetuneError
 from prunetune.export import selfcheck
 from prunetune.export.checkpoint import WrittenCheckpoint
-from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.pipeline.run import run
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS
@@ -33,6 +32,7 @@ from prunetune.train.parallel.distributed import distribute_checkpoints, distrib
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
 from prunetune.train.passes import PackedPasses, PassSize
 from prunetune.train.step_guard import StepGuard
+from support.again import ReaderHere
 from support.loop import config_of, job_of
 from support.models import tiny
 
@@ -165,12 +165,12 @@ def refused(work: Callable[[], object]) -> str:
     return ""
 
 
-def reopen_here(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
-    """Replaces `selfcheck.reopen_in_fresh_process` in this process; the original is tested elsewhere."""
-    assert streamed
-    how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": True}
-    model = load_model_and_tokenizer(str(written.folder.absolute()), **how).model
-    return {"logits": selfcheck.compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
+class StreamedReader(ReaderHere):
+    """Sharded weights are cut layer by layer, and so are they read."""
+
+    def read(self, written: WrittenCheckpoint, tokens: torch.Tensor, **how: Any) -> dict[str, torch.Tensor]:
+        assert how["streamed"]
+        return super().read(written, tokens)
 
 
 def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "waits": waits_at_barrier(ranks, folder),
         "differ": refused(lambda: ranks.any_rank(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
-    selfcheck.reopen_in_fresh_process = reopen_here  # type: ignore[assignment]
+    selfcheck.FreshReader = StreamedReader  # type: ignore[assignment]
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     run(from_mapping(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))))
     return results

@@ -12,7 +12,7 @@ from prunetune import RunResult, run
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import from_mapping
 from prunetune.export import selfcheck
-from support.again import reopen_here
+from support.again import ReaderHere
 from support.data import pairs, subwords, write_lines
 from support.models import tiny
 
@@ -46,12 +46,12 @@ def recipe_of(folder: Path, **changes: Any) -> dict[str, Any]:
 @cache
 def finished_run() -> RunResult:
     """The run; its folder is removed when the process ends."""
-    before = selfcheck.reopen_in_fresh_process
-    selfcheck.reopen_in_fresh_process = reopen_here  # type: ignore[assignment]  # a fresh process takes seconds
+    before = selfcheck.FreshReader
+    selfcheck.FreshReader = ReaderHere  # type: ignore[assignment]  # a fresh process takes seconds
     try:
         return run(from_mapping(recipe_of(Path(FOLDER.name))))
     finally:
-        selfcheck.reopen_in_fresh_process = before
+        selfcheck.FreshReader = before
 
 
 def copied_run(folder: Path) -> RunResult:

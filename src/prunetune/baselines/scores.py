@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunetune.baselines.activations import Moments, block_influences, input_grams, input_moments
 from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
 from prunetune.errors import ConfigError
+from prunetune.model.activations import Moments, block_influences, input_grams, input_moments
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
 from prunetune.pruning.compensation import compensate_consumers, consumer_name, record_curvature, removal_costs

@@ -35,6 +35,7 @@ from prunetune.config.recipe import (
 )
 from prunetune.errors import ConfigError, DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
+from prunetune.export.result import ExportOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
 from prunetune.utils.files import STANDARD_OUTPUT, check_writable, expand_path, write_text
 from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
@@ -371,6 +372,10 @@ def export(
     pad: Annotated[
         bool, Parameter(negative=(), help="With uniform: pad narrower layers with zeros, which costs what was saved.")
     ] = False,
+    imatrix_tokens: Annotated[
+        int,
+        Parameter(help="q4_k_m, ...: tokens of the run's data for llama.cpp's importance matrix; 0: none."),
+    ] = ExportOptions.imatrix_tokens,
     trust_remote_code: Annotated[
         bool, Parameter(negative=(), help="Run code that comes with the model folder.")
     ] = False,
@@ -384,10 +389,9 @@ def export(
         A run folder, or a model folder that prunetune wrote.
     """
     from prunetune.export.formats import export_run
-    from prunetune.export.result import ExportOptions
     from prunetune.utils.console import show_stage
 
-    options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
+    options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "", imatrix_tokens=imatrix_tokens)
     with show_stage("export"):
         result = export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code)
     if json:

@@ -160,7 +160,8 @@ def write_export(run: Path, format: str) -> Path:
     if format in SCHEMES and not path.exists():
         export_run(run, out=path, options=ExportOptions(quantize=format))
     elif not path.exists():
-        export_run(run, "gguf", out=path, options=ExportOptions(dtype=format))
+        # Without an importance matrix, as the cell was scored.
+        export_run(run, "gguf", out=path, options=ExportOptions(dtype=format, imatrix_tokens=0))
     return path
 
 

@@ -11,6 +11,7 @@ from prunetune.errors import ConfigError
 from prunetune.export import convert
 from prunetune.export.gguf import write as gguf
 from prunetune.export.gguf.modelfile import format_modelfile, run_commands
+from prunetune.export.gguf.tensors import MIXES
 from prunetune.export.mlx import export_mlx
 from prunetune.export.model_card import format_export_card
 from prunetune.export.onnx import export_onnx
@@ -118,6 +119,10 @@ def _check_options(to: str, source: ExportSource, options: ExportOptions) -> Non
         raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, dtypes))}")
     if options.pad and to != "uniform":
         raise ConfigError(f"--pad makes layers of one width, for --to uniform; {to} has no use for it: leave it out")
+    if options.imatrix_tokens < 0:
+        raise ConfigError(f"--imatrix-tokens {options.imatrix_tokens} is below 0: use 0 for no importance matrix")
+    if options.imatrix_tokens not in (0, ExportOptions.imatrix_tokens) and options.dtype not in MIXES:
+        raise ConfigError(f"--imatrix-tokens is for gguf in {', '.join(MIXES)}: name one by --dtype, or leave it out")
     if not options.quantize:
         return
     if options.quantize not in SCHEMES:

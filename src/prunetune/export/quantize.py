@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint, edit_json
 from prunetune.export.result import ExportResult, RuntimeCheck
-from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
+from prunetune.export.selfcheck import FreshReader, compute_logits
 from prunetune.export.source import ExportSource
 from prunetune.model.per_layer_code import build_meta_model
 from prunetune.pruning.linears import ROWS
@@ -102,13 +102,14 @@ class QuantizableLinears:
 
 def find_quantizable(source: ExportSource, scheme: QuantizationScheme) -> QuantizableLinears:
     """Sort the linears by their stored shapes; no weight is read."""
-    names = _linears_but_head(build_meta_model(source.config))
+    names = linears_but_head(build_meta_model(source.config))
     widths = {name: source.shape(f"{name}.weight")[1] for name in names if f"{name}.weight" in source.tensor_files}
     skipped = {name: width for name, width in widths.items() if width % scheme.block_size}
     return QuantizableLinears(tuple(name for name in widths if name not in skipped), skipped)
 
 
-def _linears_but_head(model: Any) -> dict[str, nn.Linear]:
+def linears_but_head(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of a model by name, without its output head."""
     head = model.get_output_embeddings()
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
@@ -123,7 +124,7 @@ def rounded_as_quantized(model: Any, kind: str) -> tuple[Any, int]:
     """
     scheme, rounded = SCHEMES[kind], copy.deepcopy(model)
     size = sum(weight.nbytes for weight in rounded.parameters())
-    for linear in _linears_but_head(rounded).values():
+    for linear in linears_but_head(rounded).values():
         if linear.in_features % scheme.block_size == 0:
             values, stored_bytes = scheme.round_weight(linear)
             size += stored_bytes - linear.weight.nbytes
@@ -190,7 +191,8 @@ def _check_quantized(
 ) -> RuntimeCheck:
     """Open the model in a fresh process; raises `SelfCheckFailed` if its logits are far from those `expected`."""
     written = WrittenCheckpoint(path, "", source.layout, source.layout == "per-layer", 0, 0)
-    logits = reopen_in_fresh_process(written, source.probe_tokens())["logits"]
+    with FreshReader() as reader:
+        logits = reader.read(written, source.probe_tokens())["logits"]
     error = _relative_error(logits, expected)
     same = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
     detail = f"{100 * error:.2f}% root mean square error of logits, {100 * same:.0f}% of most likely tokens equal"

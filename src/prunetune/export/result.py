@@ -11,6 +11,7 @@ class ExportOptions:
     dtype: str = ""  # of the weights: f32, f16, bf16, q8_0, ...; "": the format's default
     pad: bool = False  # uniform: pad narrower layers with zeros
     quantize: str = ""  # uniform, per-layer: int8 or int4
+    imatrix_tokens: int = 8192  # gguf, types that llama.cpp mixes: tokens of the run's data to weigh columns by
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Open a written checkpoint in a fresh process with stock transformers, and compare its logits."""
 
+import json
 import logging
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,25 +21,64 @@ from prunetune.utils.failures import last_line
 log = logging.getLogger(__name__)
 LIMIT = 1e-4  # largest relative difference of logits, float32
 
-# Runs without prunetune, as a user of the checkpoint would.
+# Runs without prunetune, as a user of the checkpoint would. Its imports are done before it is told what to open.
 READER = """
-import sys, torch
+import json, sys, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-folder, tokens, logits, code, scratch = sys.argv[1:]
-# With a scratch folder: weights stay in their files, and are read as they are needed.
-options = {"device_map": {"": "disk"}, "offload_folder": scratch} if scratch else {}
-config = AutoConfig.from_pretrained(folder, trust_remote_code=code == "code")
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+request = json.load(sys.stdin)  # empty if the parent is gone
+folder, code = request["folder"], request["code"]
+# Streamed: weights stay in their files, and are read as they are needed.
+options = {"device_map": {"": "disk"}, "offload_folder": "."} if request["streamed"] else {}
+config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
 auto = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
-model = auto.from_pretrained(
-    folder, dtype=torch.float32, trust_remote_code=code == "code", **options
-).eval()
+model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=code, **options).eval()
 with torch.inference_mode():
-    output = model(load_file(tokens)["tokens"]).logits
+    output = model(load_file("tokens.safetensors")["tokens"]).logits
 tied = getattr(model, "all_tied_weights_keys", None) or {}  # tied weights that stay in files are separate tensors
 params = torch.tensor(sum(p.numel() for name, p in model.named_parameters() if name not in tied))
-save_file({"logits": output.contiguous(), "params": params}, logits)
+save_file({"logits": output.contiguous(), "params": params}, "logits.safetensors")
 """
+
+
+class FreshReader:
+    """A process with stock transformers that opens one checkpoint: started early, it imports while others are busy.
+
+    At the end of its `with` block the process is gone. If this process is killed, it ends by itself.
+    """
+
+    def __init__(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
+        folder = self._scratch.name
+        # transformers caches generated modules by folder name: a scratch cache keeps an older run's code out.
+        environment = os.environ | {"HF_MODULES_CACHE": folder, "TOKENIZERS_PARALLELISM": "false"}
+        with Path(folder, "errors").open("wb") as errors:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and text
+                [sys.executable, "-P", "-c", READER],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, env=environment, cwd=folder,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process, self._scratch:
+            self._process.kill()
+
+    def read(self, written: WrittenCheckpoint, tokens: Tensor, *, streamed: bool = False) -> dict[str, Tensor]:
+        """Open the checkpoint, float32; returns its `logits` and its number of `params` as tensors.
+
+        Raises `SelfCheckFailed` if it does not open.
+        """
+        log.info("opening %s in a fresh process", written.folder)
+        folder = Path(self._scratch.name)
+        save_file({"tokens": tokens.contiguous()}, folder / "tokens.safetensors")
+        request = {"folder": str(written.folder.absolute()), "code": written.needs_code, "streamed": streamed}
+        self._process.communicate(json.dumps(request).encode())
+        if self._process.returncode:
+            last = last_line((folder / "errors").read_text(errors="replace"))
+            raise SelfCheckFailed(f"{written.folder} does not open in a fresh process: {last}")
+        return load_file(folder / "logits.safetensors")
 
 
 @dataclass(frozen=True)
@@ -68,14 +108,20 @@ def compare_logits(logits: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def check_checkpoint(
-    written: WrittenCheckpoint, tokens: Tensor, expected: Tensor, *, streamed: bool = False
+    written: WrittenCheckpoint,
+    tokens: Tensor,
+    expected: Tensor,
+    *,
+    streamed: bool = False,
+    reader: FreshReader | None = None,
 ) -> SelfCheck:
     """Open the checkpoint in a fresh process, and compare its logits with those `expected`, [B, T, V].
 
-    `streamed`: the fresh process has one layer in memory at a time.
+    `streamed`: the fresh process has one layer in memory at a time. `reader`: one that was started before.
     Raises `SelfCheckFailed` above 1e-4 relative difference, or if the number of parameters differs.
     """
-    reopened = reopen_in_fresh_process(written, tokens, streamed=streamed)
+    with reader or FreshReader() as own:
+        reopened = own.read(written, tokens, streamed=streamed)
     params = int(reopened["params"])
     if params != written.params:
         raise SelfCheckFailed(
@@ -88,26 +134,3 @@ def check_checkpoint(
             "do not use it; the run's checkpoints are kept, please report this"
         )
     return SelfCheck(difference, tokens.numel())
-
-
-def reopen_in_fresh_process(written: WrittenCheckpoint, tokens: Tensor, *, streamed: bool = False) -> dict[str, Tensor]:
-    """Open the checkpoint in a fresh process, float32; returns its `logits` and its number of `params` as tensors.
-
-    Raises `SelfCheckFailed` if it does not open.
-    """
-    log.info("opening %s in a fresh process", written.folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        inputs, outputs = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"tokens": tokens.contiguous()}, inputs)
-        code, spill = "code" if written.needs_code else "plain", scratch if streamed else ""
-        # transformers caches generated modules by folder name: a scratch cache keeps an older run's code out.
-        environment = os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
-        arguments = [str(written.folder.absolute()), str(inputs), str(outputs), code, spill]
-        reader = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-P", "-c", READER, *arguments],
-            capture_output=True, text=True, env=environment, cwd=scratch, check=False,
-        )  # fmt: skip
-        if reader.returncode:
-            last = last_line(reader.stderr)
-            raise SelfCheckFailed(f"{written.folder} does not open in a fresh process: {last}")
-        return load_file(outputs)

@@ -410,8 +410,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
                     f"model {name} comes with code of its own: read it, then say --trust-remote-code"
                 ) from broken
             if "does not recognize this architecture" in str(broken):
+                kind = values["model_type"]
+                served = f"it is for mlx-lm: run mlx_lm.server --model {name}, and name its address, http://..."
+                advice = served if kind == "openelm" else "upgrade it"
                 raise UnknownArchitecture(
-                    f"model {name}: architecture {values['model_type']!r} is not known to transformers; upgrade it"
+                    f"model {name}: architecture {kind!r} is not known to transformers; {advice}"
                 ) from broken
             raise
         if not isinstance(config.get_text_config(), PreTrainedConfig):

@@ -14,9 +14,10 @@ from prunetune.config.recipe import RunConfig
 from prunetune.data.encoding import chat_stop_id, uses_chat_template
 from prunetune.errors import SelfCheckFailed
 from prunetune.evaluation.results import Evaluation, headline_metric
+from prunetune.export import selfcheck
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.model_card import Provenance, ScoreRow, format_model_card
-from prunetune.export.selfcheck import check_checkpoint, compare_logits, compute_logits
+from prunetune.export.selfcheck import FreshReader, check_checkpoint, compare_logits, compute_logits
 from prunetune.export.streamed_cut import StreamedModel, WeightMerger, cut_streamed
 from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
 from prunetune.model.loading import load_empty_model, open_safetensors, processor_files
@@ -47,11 +48,11 @@ def finish(context: RunContext, *, streamed: bool = False) -> None:
     if context.folder.model_folder.exists():
         return
     context.folder.update_manifest(**tuning_facts(context))
-    with record_timing(context.folder, "cut and check"):
-        _cut_write_and_check(context, streamed=streamed)
+    with record_timing(context.folder, "cut and check"), selfcheck.FreshReader() as reader:
+        _cut_write_and_check(context, reader, streamed=streamed)
 
 
-def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
+def _cut_write_and_check(context: RunContext, reader: FreshReader, *, streamed: bool) -> None:
     context.console.stage("cut, write and check", 0)
     state = Checkpoints(context.folder.checkpoints).latest()
     assert state is not None
@@ -81,7 +82,7 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     if has_nf4_adapters(context, state):
         context.folder.update_manifest(quantised=_compare_with_merged(context, state, tokens, expected_logits))
     expected = ExpectedModel(model, storage_dtype, expected_logits, shards)
-    write_and_check(context, expected, state.plan, tokens, streamed=streamer is not None)
+    write_and_check(context, expected, state.plan, tokens, streamed=streamer is not None, reader=reader)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ class ExpectedModel:
 
 
 def write_and_check(
-    context: RunContext, expected: ExpectedModel, plan: Plan, tokens: Tensor, *, streamed: bool = False
+    context: RunContext,
+    expected: ExpectedModel,
+    plan: Plan,
+    tokens: Tensor,
+    *,
+    streamed: bool = False,
+    reader: FreshReader | None = None,
 ) -> None:
     """Write a model, cut by the plan, to the run's `model/`, with its plan and manifest, once it has passed its check.
 
@@ -117,7 +124,7 @@ def write_and_check(
         history=pruning_history(context.folder, context.reported_config, plan, context.sites),
         end_token=chat_stop_id(context.tokenizer) if has_chats else None,
     )
-    selfcheck = check_checkpoint(written, tokens, expected.logits, streamed=streamed)
+    selfcheck = check_checkpoint(written, tokens, expected.logits, streamed=streamed, reader=reader)
     context.folder.update_manifest(
         model=replace(context.folder.read_manifest().model, bytes=context.original_params * expected.dtype.itemsize),
         pruned=PrunedModelFacts(

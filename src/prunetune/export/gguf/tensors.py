@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 from prunetune.export.gguf.architectures import GgufArchitecture, rope_options
+from prunetune.export.gguf.importance import NO_IMPORTANCE, ImportanceMatrix
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
 from prunetune.utils.optional import require_installed
@@ -39,6 +40,7 @@ class GgufTensor:
     interleaved_heads: int = 0  # number of heads whose rows are interleaved; 0: rows keep their order
     offset: float = 0.0  # added to every value
     computed: Tensor | None = None  # not stored, but computed from the configuration
+    importance: NDArray[np.float32] | None = None  # of each column; None: all alike
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +58,7 @@ class GgufTensor:
                 else source.iter_rows(stored, max_rows)
             )
             for rows in blocks:
-                yield quantize_rows(rows.float() + self.offset, self.type, self.name)
+                yield quantize_rows(rows.float() + self.offset, self.type, self.name, self.importance)
         if self.computed is not None:
             yield quantize_rows(self.computed, self.type, self.name)
 
@@ -84,17 +86,22 @@ def interleave_rope_rows(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def quantize_rows(rows: Tensor, type: Type, name: str) -> NDArray[Any]:
-    """[R, C] or [C] float32 -> the same in the file's type; raises `ModelError` for values beyond float16."""
+def quantize_rows(rows: Tensor, type: Type, name: str, importance: NDArray[np.float32] | None = None) -> NDArray[Any]:
+    """[R, C] or [C] float32 -> the same in the file's type; raises `ModelError` for values beyond float16.
+
+    `importance` [C]: by which llama.cpp weighs squared errors as it chooses scales, in types that look for any.
+    """
     if type is Type.F16 and not bool((rows.abs() <= torch.finfo(torch.float16).max).all()):
         raise ModelError(f"{name} holds values beyond float16: export with --dtype bf16 or f32")
-    if type in K_TYPES:
-        return quantize_block(rows.contiguous().numpy(), type, name)
+    if type in K_TYPES or (importance is not None and type in WEIGHTED_TYPES):
+        return quantize_block(rows.contiguous().numpy(), type, name, importance)
     quantized: NDArray[Any] = gguf.quants.quantize(rows.contiguous().numpy(), type)
     return quantized
 
 
-def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> tuple[GgufTensor, ...]:
+def build_tensors(
+    source: ExportSource, arch: GgufArchitecture, dtype: str, importance: ImportanceMatrix = NO_IMPORTANCE
+) -> tuple[GgufTensor, ...]:
     """All tensors of the file, in the order of the stored ones; raises `ModelError` for one that has no name there."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -125,7 +132,8 @@ def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> t
         if arch.interleaved_rope and widths and module in ("q_proj", "k_proj"):
             heads = widths.query_heads if module == "q_proj" else widths.kv_heads
         offset = arch.norm_offset if stored.endswith("norm.weight") else 0.0
-        tensors.append(GgufTensor(name, parts, shape, Type.F32, heads, offset))
+        columns = importance.columns.get(parts[0].removesuffix(".weight"))  # fused parts have the same input
+        tensors.append(GgufTensor(name, parts, shape, Type.F32, heads, offset, importance=columns))
     types = tensor_types({tensor.name: tensor.shape for tensor in tensors}, dtype)
     tensors = [replace(tensor, type=types.get(tensor.name, Type.F32)) for tensor in tensors]
     rope = rope_options(source.config)["full_attention"]
@@ -166,11 +174,8 @@ def tensor_types(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str,
     return types
 
 
-ROWS_AT_ONCE = 2**22  # values
-
-
 @torch.no_grad()
-def rounded_as_stored(model: Any, dtype: str) -> tuple[Any, int]:
+def rounded_as_stored(model: Any, dtype: str, importance: ImportanceMatrix = NO_IMPORTANCE) -> tuple[Any, int]:
     """A copy whose matrices went through the types of a GGUF file and back, and the bytes of that file's tensors.
 
     Activations stay as they are, where llama.cpp rounds them to 8 bits. Vectors count as float32, as the file has them.
@@ -182,18 +187,20 @@ def rounded_as_stored(model: Any, dtype: str) -> tuple[Any, int]:
     rounded = copy.deepcopy(model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.get_text_config().num_hidden_layers)
     weights = {
-        names.get_name(name, (".weight", ".bias")) or name: weight for name, weight in rounded.named_parameters()
+        names.get_name(name, (".weight", ".bias")) or name: (name, weight)
+        for name, weight in rounded.named_parameters()
     }
-    types = tensor_types({name: tuple(weight.shape) for name, weight in weights.items()}, dtype)
+    types = tensor_types({name: tuple(weight.shape) for name, (_, weight) in weights.items()}, dtype)
     size = 0
-    for name, weight in weights.items():
+    for name, (own, weight) in weights.items():
         type = types.get(name, Type.F32)
         values, block = gguf.GGML_QUANT_SIZES[type]
         size += math.prod(weight.shape) // int(values) * int(block)
         if weight.dim() != 2 or name not in types:
             continue
-        for rows in weight.data.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
-            stored = quantize_rows(rows.float().cpu(), type, name)
+        columns = importance.columns.get(own.removesuffix(".weight"))
+        for rows in weight.data.split(max(1, MAX_BLOCK_VALUES // weight.shape[1])):
+            stored = quantize_rows(rows.float().cpu(), type, name, columns)
             rows.copy_(torch.from_numpy(gguf.quants.dequantize(stored, type)))
     return rounded, size
 
@@ -216,6 +223,7 @@ MIXES = {
 }
 OF_OTHER_ROWS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}  # which 256 does not divide
 K_TYPES = tuple(OF_OTHER_ROWS)  # the others gguf-py makes, too, to the same bits
+WEIGHTED_TYPES = (*K_TYPES, Type.Q4_0, Type.Q5_0, Type.Q5_1)  # whose scales look at the importance of columns
 FINER_TENSORS = ("attn_v.weight", "ffn_down.weight")
 
 
@@ -224,13 +232,23 @@ def require_library(dtype: str) -> None:
     require_installed("xllamacpp", extra="llamacpp", use=f"GGUF in {dtype}")
 
 
-def quantize_block(rows: NDArray[np.float32], type: Type, name: str) -> NDArray[Any]:
-    """[R, C] -> uint8 [R, bytes of a row]; raises `ModelError` for values that are not finite, which would end it."""
+def quantize_block(
+    rows: NDArray[np.float32], type: Type, name: str, importance: NDArray[np.float32] | None = None
+) -> NDArray[Any]:
+    """[R, C] and the importance [C] -> uint8 [R, bytes of a row]; raises `ModelError` for what would end llama.cpp."""
     if not np.isfinite(rows).all():
         raise ModelError(f"{name} holds values that are not finite: export with --dtype f32, and look at the run")
+    if importance is not None:
+        if importance.shape != rows.shape[1:] or not (np.isfinite(importance) & (importance > 0)).all():
+            raise ModelError(
+                f"{name} has {rows.shape[1]} columns, and the importance matrix has {importance.size} for it, finite "
+                "and above 0 where it is sound: export with --imatrix-tokens 0, and please report this"
+            )
+        importance = np.ascontiguousarray(importance, np.float32)
     values, size = gguf.GGML_QUANT_SIZES[type]
     blocks = np.empty((rows.shape[0], rows.shape[1] // values * size), np.uint8)
-    written = _quantize_function()(type, rows.ctypes.data, blocks.ctypes.data, 0, *rows.shape, None)
+    weights = None if importance is None else importance.ctypes.data
+    written = _quantize_function()(type, rows.ctypes.data, blocks.ctypes.data, 0, *rows.shape, weights)
     if written != blocks.nbytes:
         raise ModelError(f"{name}: llama.cpp made {written} bytes of {type.name}, not {blocks.nbytes}; take q8_0")
     return blocks
@@ -238,7 +256,7 @@ def quantize_block(rows: NDArray[np.float32], type: Type, name: str) -> NDArray[
 
 @cache
 def _quantize_function() -> Any:
-    """(type, float32 rows, blocks, first row, rows, values of a row, no weights of importance) -> bytes written.
+    """(type, float32 rows, blocks, first row, rows, values of a row, importance of columns or None) -> bytes written.
 
     Of llama.cpp's library, which lies inside the wheel of xllamacpp: the Python interface of that does not quantise.
     """

@@ -11,6 +11,7 @@ import numpy as np
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.gguf import llamacpp
 from prunetune.export.gguf.architectures import GgufArchitecture, rope_options, select_architecture
+from prunetune.export.gguf.importance import NO_IMPORTANCE, ImportanceMatrix, measure_importance
 from prunetune.export.gguf.tensors import MIXES, GgufTensor, TensorStream, build_tensors, require_library
 from prunetune.export.gguf.tokenizer import add_tokenizer
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
@@ -34,8 +35,9 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     arch, config, dtype = select_architecture(source), source.config, options.dtype
     if dtype in MIXES:
         require_library(dtype)
+    importance = measure_importance(source, options.imatrix_tokens) if dtype in MIXES else NO_IMPORTANCE
     log.info("writing %.1f M parameters as %s, %s", source.params / 1e6, arch.name, dtype)
-    tensors, tokenizer_note = write_gguf(source, path, dtype)
+    tensors, tokenizer_note = write_gguf(source, path, dtype, importance)
     log.info("reading %.1f MB back", path.stat().st_size / 1e6)
     verify_tensors(source, path, tensors)
     readback = RuntimeCheck(f"gguf {version('gguf')}", f"{len(tensors)} tensors of {dtype} read back, equal to the bit")
@@ -58,6 +60,7 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
         other = sum(tensor.shape[-1] % 256 != 0 for tensor in matrices)
         advice = f"; rows of {other} do not divide by 256, and take more (budget.align 256 avoids it)" if other else ""
         notes.append(f"types: {', '.join(f'{count} {name}' for name, count in counts.most_common())}{advice}")
+        notes.append(importance.note)
     elif fallbacks := len(matrices) - counts[dtype]:
         advice = f"their rows do not divide into blocks of {dtype} (budget.align 32 avoids it)"
         notes.append(f"{fallbacks} tensors stay f16: {advice}")
@@ -72,13 +75,19 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     )
 
 
-def write_gguf(source: ExportSource, path: Path, dtype: str) -> tuple[tuple[GgufTensor, ...], str]:
+def write_gguf(
+    source: ExportSource, path: Path, dtype: str, importance: ImportanceMatrix = NO_IMPORTANCE
+) -> tuple[tuple[GgufTensor, ...], str]:
     """Write metadata, tokenizer and tensors in one pass; returns the tensors, and a note on the tokenizer's origin."""
     arch = select_architecture(source)
-    tensors = build_tensors(source, arch, dtype)
+    tensors = build_tensors(source, arch, dtype, importance)
     writer = gguf.GGUFWriter(path, arch.name)
     try:
         add_metadata(writer, source, arch, dtype)
+        if importance.columns:  # the keys that llama.cpp's own tool writes
+            writer.add_string("quantize.imatrix.dataset", importance.note)
+            writer.add_uint32("quantize.imatrix.entries_count", len(importance.columns))
+            writer.add_uint32("quantize.imatrix.chunks_count", importance.rows)
         tokenizer_note = add_tokenizer(writer, source)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)

@@ -68,6 +68,22 @@ def input_grams(model: Any, modules: Iterable[str], batches: Sequence[Batch]) ->
     return grams
 
 
+def input_mean_squares(model: Any, modules: Iterable[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Mean of x^2 over all tokens without padding, of each module's first inputs x: {module: float64 [C] on the CPU}.
+
+    Modules that are not called are left out.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, rows: Tensor) -> None:
+        total = rows.float().square().sum(0).cpu().double()
+        sums[name] = sums[name] + total if name in sums else total
+
+    _read_inputs(model, modules, batches, add)
+    tokens = sum(sum(batch.lengths) for batch in batches)
+    return {name: total / tokens for name, total in sums.items()}
+
+
 def _read_inputs(
     model: Any, modules: Iterable[str], batches: Sequence[Batch], read: Callable[[str, Tensor], None]
 ) -> None:
