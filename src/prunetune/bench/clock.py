@@ -1,7 +1,5 @@
 """Time, peak memory and energy of a device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from importlib import import_module

@@ -1,7 +1,5 @@
 """A .gguf file timed in llama.cpp: by the server of the package xllamacpp, on the CPU, with its own timings."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version

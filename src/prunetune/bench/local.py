@@ -1,7 +1,5 @@
 """A model timed in transformers: prefill, then greedy decode steps; eager, compiled or as a CUDA graph."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

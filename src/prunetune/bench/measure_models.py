@@ -1,7 +1,5 @@
 """`prunetune bench` as a function: latency, throughput and memory of several models."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The models that `prunetune bench` measures: runs, checkpoints, hub names, .gguf files, and their dense models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The interface of an opened model that can be timed, whatever runtime runs it, and the samples it returns."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Time one batch of requests: a prefill, then greedy decode steps with a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A model in a process of its own, so that its memory is counted alone while models take turns."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import traceback

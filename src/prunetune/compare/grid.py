@@ -1,7 +1,5 @@
 """The grid of a comparison: its cells (one method at one budget, seed and learning rate), and their files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The table of a comparison as Markdown text, kept as table.md; and the words and numbers that other views share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page of a comparison: one self-contained HTML file, made from the files of the comparison's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Rivals of a comparison: other, smaller models that are tuned on the same data, and never pruned."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

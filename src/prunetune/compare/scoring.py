@@ -1,7 +1,5 @@
 """A model's scores on the split, and on valid where a learning rate is chosen by it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A comparison as `prunetune compare` prints it: the verdict, and a table for each budget that fits 80 columns."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page of a check (`prunetune check --html`): limits, scores beside the reference's, and what newly fails."""
 
-from __future__ import annotations
-
 import math
 
 from prunetune.evaluation.results import Score, is_hidden

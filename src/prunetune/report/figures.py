@@ -9,14 +9,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup
 
 from prunetune.plan import Plan
 from prunetune.report import svg
 from prunetune.report.formatting import truncated
-from prunetune.report.kept_layers import KeptLayer, LayerKeptUnits, count_kept, layers_from_plan, other_units_by_layer
+from prunetune.report.kept_layers import LayerKeptUnits, count_kept, kept_by_kind
 from prunetune.report.scores import TaskMetricRow
 
 if TYPE_CHECKING:
@@ -59,14 +59,8 @@ def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
             for offset, (name, (colour, marker)) in zip((-0.22, 0.0, 0.22), MODEL_MARKS.items(), strict=True):
                 score = row.scores.get(name)
                 if score is not None and math.isfinite(score.value):
-                    axes.errorbar(
-                        score.value, position + offset, xerr=score.se if math.isfinite(score.se) else None,
-                        fmt=marker, color=colour, markersize=5.5, elinewidth=1.6,
-                    )  # fmt: skip
-        axes.set_yticks(range(len(rows)), [truncated(row.task) for row in rows], color=svg.INK)
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.grid(visible=True, axis="both")
-        axes.margins(x=0.06)
+                    draw_mark(axes, score.value, position + offset, xerr=score.se, fmt=marker, color=colour)
+        _task_axis(axes, [row.task for row in rows], 0.06)
         axes.set_xlabel(rows[0].label)
 
     return svg.render_svg(f"scores-{rows[0].metric}", label, WIDTH, 0.75 + 0.46 * len(rows), draw)
@@ -78,24 +72,30 @@ def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Mar
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for position, (_, share, error) in enumerate(rows):
-            axes.errorbar(
-                share, position, xerr=error if math.isfinite(error) else None,
-                fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
-            )  # fmt: skip
+            draw_mark(axes, share, position, xerr=error)
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(rows)), [truncated(task) for task, _, _ in rows], color=svg.INK)
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.grid(visible=True, axis="both")
-        axes.margins(x=0.08)
+        _task_axis(axes, [task for task, _, _ in rows], 0.08)
         _percent_axis(axes.xaxis)
         axes.set_xlabel("of the reference's score")
 
     return svg.render_svg("recovery", label, WIDTH, 0.8 + 0.3 * len(rows), draw)
 
 
-def groups_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
+def draw_mark(axes: Axes, x: float, y: float, *, fmt: str = "D", color: str = svg.PRUNED, **error: float) -> None:
+    """A mark with a bar of its error `xerr` or `yerr`, if that is finite."""
+    finite: Any = {name: value for name, value in error.items() if math.isfinite(value)}
+    axes.errorbar(x, y, **finite, fmt=fmt, color=color, markersize=5.5, elinewidth=1.6)
+
+
+def _task_axis(axes: Axes, tasks: Sequence[str], margin: float) -> None:
+    axes.set_yticks(range(len(tasks)), [truncated(task) for task in tasks], color=svg.INK)
+    axes.set_ylim(len(tasks) - 0.45, -0.55)
+    axes.grid(visible=True, axis="both")
+    axes.margins(x=margin)
+
+
+def groups_figure(label: str, attention: Mapping[int, LayerKeptUnits], layers: Sequence[int]) -> Markup:
     """KV groups by layer: a cell for each, filled where it is kept; bars of the share where there are too many."""
-    attention = {layer.index: layer.attention for layer in layers if layer.attention}
     max_groups = max(groups.units for groups in attention.values())
     if max_groups > MAX_GROUPS:
         return unit_share_figure("groups", label, attention)
@@ -111,7 +111,7 @@ def groups_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
         axes.set_ylabel("KV group")
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        _layer_axis(axes, [layer.index for layer in layers])
+        _layer_axis(axes, layers)
 
     return svg.render_svg("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(max_groups, 12)), draw)
 
@@ -130,11 +130,8 @@ def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha:
 
 def unit_share_figure(name: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
     """Share of the units of one kind that is kept, by layer."""
-
-    def draw(figure: Figure) -> None:
-        _draw_shares(figure.subplots(), kept, svg.PRUNED, svg.REMOVED)
-
-    return svg.render_svg(name, label, WIDTH, 1.9, draw)
+    colours = svg.PRUNED, svg.REMOVED
+    return svg.render_svg(name, label, WIDTH, 1.9, lambda figure: _draw_shares(figure.subplots(), kept, *colours))
 
 
 def _draw_shares(axes: Axes, kept: Mapping[int, LayerKeptUnits], kept_colour: str, removed_colour: str) -> None:
@@ -155,17 +152,13 @@ def kept_units_png(plan: Plan) -> bytes:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    layers = layers_from_plan(plan)
-    charts = {"KV groups": {layer.index: layer.attention for layer in layers if layer.attention}}
-    charts |= {"MLP channels": {layer.index: layer.mlp for layer in layers if layer.mlp}, **other_units_by_layer(plan)}
-    charts = {kind: by_layer for kind, by_layer in charts.items() if by_layer}
+    charts = {kind: by_layer for kind, by_layer in kept_by_kind(plan).items() if by_layer}
     buffer = io.BytesIO()
     if charts:
         with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
             figure = Figure(figsize=(7, 1.9 * len(charts)), layout="constrained")
-            for axes, (kind, by_layer) in zip(
-                figure.subplots(len(charts), squeeze=False)[:, 0], charts.items(), strict=True
-            ):
+            all_axes = figure.subplots(len(charts), squeeze=False)[:, 0]
+            for axes, (kind, by_layer) in zip(all_axes, charts.items(), strict=True):
                 _draw_shares(axes, by_layer, "#c14a00", "#e4e8eb")
                 kept, units = count_kept(by_layer.values())
                 axes.set_title(f"{kind.replace('-', ' ')} kept: {kept:,} of {units:,}", fontsize=10, loc="left")

@@ -1,9 +1,7 @@
 """The report of a run: one HTML file that needs nothing else, with every part that the run's files allow."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +81,9 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
     tasks: dict[str, list[scores.TaskMetricRow]] = {}
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
-    layers = kept_layers.layers_from_plan(run.plan) if run.plan else ()
+    kept = kept_layers.kept_by_kind(run.plan) if run.plan else {}
+    attention, mlp = kept.get(kept_layers.GROUPS, {}), kept.get(kept_layers.CHANNELS, {})
+    layers = sorted({*attention, *mlp})
     cut_rows = cuts.cut_rows(run)
     marks = {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
     return {
@@ -103,15 +103,17 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "drift_models": [name for name in MODELS if run.drift and name in run.drift.tasks],
         "drift_verdict": drift_verdict(run.drift) if run.drift else "",
         "layers": layers,
-        "groups": kept_layers.count_kept(layer.attention for layer in layers),
-        "channels": kept_layers.count_kept(layer.mlp for layer in layers),
-        "kept_figures": _kept_figures(run, layers),
+        "attention": attention,
+        "mlp": mlp,
+        "groups": kept_layers.count_kept(attention.values()),
+        "channels": kept_layers.count_kept(mlp.values()),
+        "kept_figures": _kept_figures(kept, layers),
         "kept_legend": figures.legend_entries({svg.PRUNED: "kept", svg.REMOVED: "removed"}),
         "cuts": cut_rows,
         "cut_kinds": list(dict.fromkeys(kind for cut in cut_rows for kind in cut.removed)),
         "cut_neighbours": cuts.NEIGHBOURS,
         "heatmaps": decision_heatmap.heatmap_figures(run),
-        "limits": [("", limit) for limit in verdicts.limit_verdicts(manifest)],
+        "limits": [("", limit) for limit in verdicts.all_limits(manifest)],
         "limit_events": verdicts.limit_events(manifest),
         "failed": manifest.failed,
         "misaligned_widths": verdicts.misaligned_widths(manifest),
@@ -172,23 +174,22 @@ def _score_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
     return drawn
 
 
-def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> list[ReportFigure]:
+def _kept_figures(
+    by_kind: Mapping[str, Mapping[int, kept_layers.LayerKeptUnits]], layers: Sequence[int]
+) -> list[ReportFigure]:
     """A figure for each kind of unit that the plan names."""
     drawn = []
-    if any(layer.attention for layer in layers):
-        kept, units = kept_layers.count_kept(layer.attention for layer in layers)
-        label = f"KV groups kept by layer: {kept} of {units}; the table below has the numbers"
-        picture = figures.groups_figure(label, layers)
-        drawn.append(ReportFigure("KV groups", picture, note=f"{kept:,} of {units:,} are kept."))
-    by_kind = {"MLP channels": {layer.index: layer.mlp for layer in layers if layer.mlp}}
-    by_kind |= kept_layers.other_units_by_layer(run.plan) if run.plan else {}
     for kind, by_layer in by_kind.items():
-        if by_layer:
-            (kept, units), name = kept_layers.count_kept(by_layer.values()), kind.replace("-", " ")
+        if not by_layer:
+            continue
+        (kept, units), name = kept_layers.count_kept(by_layer.values()), kind.replace("-", " ")
+        if kind == kept_layers.GROUPS:
+            label = f"{name} kept by layer: {kept} of {units}; the table below has the numbers"
+            picture = figures.groups_figure(label, by_layer, layers)
+        else:
             label = f"Share of {name} kept by layer: {kept} of {units}"
             picture = figures.unit_share_figure(kind.replace(" ", "-"), label, by_layer)
-            title = name[:1].upper() + name[1:]
-            drawn.append(ReportFigure(title, picture, note=f"{kept:,} of {units:,} are kept."))
+        drawn.append(ReportFigure(name[:1].upper() + name[1:], picture, note=f"{kept:,} of {units:,} are kept."))
     return drawn
 
 

@@ -1,7 +1,5 @@
 """Training curves: the log of a run over its steps, with phases, cuts, captions and limits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

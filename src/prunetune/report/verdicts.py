@@ -1,15 +1,14 @@
 """The four answers at the top of the page (smaller, faster, as good, within limits), and the tables of limits."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from prunetune.evaluation.results import Evaluation
-from prunetune.manifest import Manifest
+from prunetune.manifest import LimitFacts, Manifest
 from prunetune.report import formatting
 from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import REFERENCE_NAMES, HeadlineScore, TaskMetricRow, metric_rows, reference_model
@@ -26,16 +25,6 @@ class RunVerdict:
     question: str
     answer: VerdictAnswer
     explanation: str
-
-
-@dataclass(frozen=True)
-class LimitVerdict:
-    """A limit on a score or on the gain, and how it stood when the run ended."""
-
-    condition: str
-    limit: str
-    measured: str
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -62,16 +51,13 @@ def _size_verdict(manifest: Manifest) -> RunVerdict:
     if not dense or pruned is None:
         return RunVerdict("Smaller?", "unknown", "Sizes are not known.")
     kept = pruned / dense
-    words = (
-        f"{formatting.share(1 - kept)} of the decoder's parameters are gone: "
-        f"{formatting.short(dense)} → {formatting.short(pruned)}."
+    sizes = [("all", manifest.model.params, manifest.pruned.params), ("the decoder's", dense, pruned)]
+    words = " ".join(
+        f"{formatting.share(1 - left / size)} of {name} parameters are gone: {formatting.short(size)} → "
+        f"{formatting.short(left)}."
+        for name, size, left in sizes
+        if size and left is not None
     )
-    whole, left = manifest.model.params, manifest.pruned.params
-    if whole and left is not None:
-        words = (
-            f"{formatting.share(1 - left / whole)} of all parameters are gone: {formatting.short(whole)} → "
-            f"{formatting.short(left)}. {words}"
-        )
     requested, allowed = manifest.limits.requested_keep, manifest.limits.kept
     if requested is not None and allowed is not None and allowed > requested:
         words += f" {formatting.share(requested)} was asked for; a limit on a score kept {formatting.share(allowed)}."
@@ -85,10 +71,8 @@ def _speed_verdict(manifest: Manifest) -> RunVerdict:
     ratios = {kind: ratio for kind in kinds if (ratio := speedup(manifest, kind))}
     if not ratios:
         return RunVerdict("Faster?", "unknown", "Speed was not measured in turns; prunetune bench RUN does that.")
-    words = (
-        ", ".join(f"{kind} {speedup_text(ratio)}" for kind, ratio in ratios.items()) + " of the dense model's speed."
-    )
-    words = words[:1].upper() + words[1:]
+    words = ", ".join(f"{kind} {speedup_text(ratio)}" for kind, ratio in ratios.items())
+    words = f"{words[:1].upper()}{words[1:]} of the dense model's speed."
     noisy = [kind for kind, ratio in ratios.items() if not ratio.is_significant]
     if noisy:
         words += f" Rounds of {' and '.join(noisy)} disagree on which is faster; prunetune bench RUN measures more."
@@ -166,24 +150,22 @@ def _explain_hidden_loss(judged: Sequence[TaskMetricRow]) -> str:
 def _limits_verdict(manifest: Manifest) -> RunVerdict:
     if manifest.failed:
         return RunVerdict("Within limits?", "no", f"{manifest.failed[:1].upper()}{manifest.failed[1:]}.")
-    limits = limit_verdicts(manifest)
+    limits = all_limits(manifest)
     if not limits:
         return RunVerdict("Within limits?", "none", "No limit was set.")
-    broken = next((limit for limit in limits if not limit.passed), None)
+    broken = next((limit for limit in limits if not limit.is_met), None)
     if broken:
-        return RunVerdict("Within limits?", "no", f"{broken.condition}: {broken.measured}, limit {broken.limit}.")
+        measured, limit = formatting.decimal(broken.measured), formatting.decimal(broken.limit)
+        return RunVerdict("Within limits?", "no", f"{broken.condition}: {measured}, limit {limit}.")
     words = f"{'The limit' if len(limits) == 1 else f'All {len(limits)} limits'} held at the end"
     if times := len(manifest.limits.actions):
         words += f", after acting {({1: 'once', 2: 'twice'}).get(times, f'{times} times')}"
     return RunVerdict("Within limits?", "yes", f"{words}.")
 
 
-def limit_verdicts(manifest: Manifest) -> list[LimitVerdict]:
+def all_limits(manifest: Manifest) -> tuple[LimitFacts, ...]:
     """The limits on scores, then those on the gain that was required."""
-    return [
-        LimitVerdict(limit.condition, formatting.decimal(limit.limit), formatting.decimal(limit.measured), limit.is_met)
-        for limit in (*manifest.limits.limits, *manifest.gain.limits)
-    ]
+    return (*manifest.limits.limits, *manifest.gain.limits)
 
 
 def misaligned_widths(manifest: Manifest) -> tuple[str, ...]:
@@ -194,13 +176,10 @@ def misaligned_widths(manifest: Manifest) -> tuple[str, ...]:
 
 def limit_events(manifest: Manifest) -> list[LimitEvent]:
     """What broken limits did, in order; what was done again and again is one event."""
-    events: list[LimitEvent] = []
-    for acted in manifest.limits.actions:
-        event = LimitEvent((formatting.count(acted.step),), acted.action, "; ".join(acted.conditions))
-        if events and (events[-1].action, events[-1].limits) == (event.action, event.limits):
-            events[-1] = LimitEvent((*events[-1].steps, *event.steps), event.action, event.limits)
-        else:
-            events.append(event)
+    events = []
+    for (action, limits), acted in groupby(manifest.limits.actions, lambda acted: (acted.action, acted.conditions)):
+        steps = tuple(formatting.count(one.step) for one in acted)
+        events.append(LimitEvent(steps, action, "; ".join(limits)))
     return events
 
 

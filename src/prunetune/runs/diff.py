@@ -1,7 +1,5 @@
 """Comparison of finished runs (`compare-runs`): options, scores, kept units, items that flipped."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The list of runs (`prunetune runs`): filters by model, status and conditions, the table, and JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import operator

@@ -4,8 +4,6 @@ Off by default. A tracker that is down, slow to answer or broken never stops a r
 follow, and where the tracker takes them the table of scores and the report. What they show of rows is decided before.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """The header of a latency table: device, driver, versions, workload and geometry of the model it was measured for."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

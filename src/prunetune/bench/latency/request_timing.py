@@ -6,8 +6,6 @@ the call returns. The device's is that between two events, with an idle kernel b
 ahead of the device. A track is named "prefill.host", "decode.device" and so on.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The latency table for a model on this device: read from a file, taken from the cache, or measured now."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Check a finished model against its budgets: costs counted, and timed on the device for latency and throughput."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Check a model's scores against limits and a reference model: broken limits, and items that it newly gets wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

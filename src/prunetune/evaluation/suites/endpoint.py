@@ -1,7 +1,5 @@
 """The backend of an OpenAI-compatible endpoint, so that the deployed model is the one that is tested."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A check as JUnit XML, for CI: each task is a test suite, each limit a test case with its new failures."""
 
-from __future__ import annotations
-
 import re
 from xml.etree import ElementTree
 

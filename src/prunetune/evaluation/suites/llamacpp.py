@@ -1,7 +1,5 @@
 """The backend of a .gguf file: the llama.cpp server that comes with the package xllamacpp."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Tasks of lm-eval by their name, scored by lm-eval itself on a model in this process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model in this process as a backend: it counts the tokens of every score of runs, `eval` and `check`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

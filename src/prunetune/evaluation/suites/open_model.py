@@ -1,7 +1,5 @@
 """Open the model of `eval` and `check`: a run, checkpoint, hub name, .gguf file, endpoint, or saved results."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Evaluations and checks as text for a terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

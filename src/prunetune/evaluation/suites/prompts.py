@@ -1,7 +1,5 @@
 """A task's rows as prompts: sampled, rendered by the task's templates, and with lettered choices where wanted."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Mapping
 from dataclasses import replace

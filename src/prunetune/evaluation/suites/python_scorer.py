@@ -1,7 +1,5 @@
 """The scorer `python`: a function of the user's own; off unless the user allows code with --allow-code."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

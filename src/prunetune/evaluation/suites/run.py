@@ -1,7 +1,5 @@
 """The one evaluator: ask a backend what a task's scorers need, score the answers, and sum them up; suites and runs."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

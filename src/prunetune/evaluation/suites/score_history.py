@@ -3,8 +3,6 @@
 Lines hold scores, and no text or id of a row. A line that is cut short or damaged is passed over.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Limits on the scores of a task: absolute, relative to a reference model, or by a statistical test."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

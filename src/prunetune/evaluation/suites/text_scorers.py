@@ -3,8 +3,6 @@
 A new one is a function here and a line in `SCORERS` (scorers.py); see docs/extend/scorer.md.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter
