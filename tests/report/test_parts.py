@@ -15,12 +15,11 @@ from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.manifest import DataFacts
 from prunetune.plan import Plan
 from prunetune.report import cuts, decision_heatmap, formatting, run_details, verdicts, write_report
-from prunetune.report.figures import MAX_POINTS, downsample, running_mean
 from prunetune.report.kept_layers import CHANNELS, GROUPS, count_kept, format_ranges, kept_by_kind
 from prunetune.report.run_folder import read_run
 from prunetune.report.samples import select_samples
 from prunetune.report.scores import headline_score, metric_rows
-from prunetune.report.training_curves import phase_spans, training_curve
+from prunetune.report.training_curves import MAX_POINTS, downsample, phase_spans, running_mean, training_curve
 from support.report import evaluations, make_run, make_sizes
 
 

@@ -69,9 +69,6 @@ class LlamaCppRunner:
         # llama.cpp's time of decoding starts at the first token.
         return BenchSample(total, prefill, decode / (self.options.generate - 1), peak)
 
-    def close(self) -> None:
-        """Nothing to do: the process ends."""
-
     def _complete(self, seed: int) -> dict[str, Any]:
         """Complete one random prompt and return llama.cpp's timings."""
         rng, prompt, generate = torch.Generator().manual_seed(seed), self.options.prompt, self.options.generate

@@ -105,9 +105,6 @@ class LocalRunner:
     def run(self, batch: int) -> BenchSample:
         return self._run(batch)[0]
 
-    def close(self) -> None:
-        """Nothing to do: the process ends."""
-
     def _tokens(self, batch: int) -> Tensor:
         return random_prompts(self.model, batch, self.options.prompt)
 

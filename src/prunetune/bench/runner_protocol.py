@@ -52,6 +52,3 @@ class Runner(Protocol):
 
     def run(self, batch: int) -> BenchSample:
         """Run and time a batch; raises `OutOfMemory` if it does not fit."""
-
-    def close(self) -> None:
-        """Release the model; may be called twice."""

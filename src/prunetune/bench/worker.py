@@ -64,6 +64,7 @@ class Worker:
         return self._ask(("run", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def close(self) -> None:
+        """End the process; may be called twice."""
         self.pipe.close()
         self._end()
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunetune.compare.methods import DENSE, REFERENCE
-from prunetune.compare.scoring import finite_or_none
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, aggregate_items, paired_difference
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, finite_or_none
 
 # A column is a metric, which is a mean over the domain's tasks, or a metric and a task: "acc", "acc casehold".
 SCORE_NAMES = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l", "ppl": "perplexity"}
@@ -253,29 +252,20 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
             }
             if metric == "nll" and dense and method != DENSE:
                 scores[metric]["dense_se"] = mean_difference(group, dense, metric).get("difference_se")
+    pair = _pair_by_seed(group, dense)  # dense tuned, over common seeds
+    nll, accuracy = ([mean(own.values(name)) for own in pair or (SeedGroup(()),) * 2] for name in ("nll", "acc"))
     return {
         "cell": first["cell"],
         "kept": mean([cell["kept"] for cell in group.cells]),
         "bytes": finite_or_none(mean([cell["bytes"] for cell in group.cells if "bytes" in cell])),
         "scores": scores,
-        "gap": _relative_to_dense(group, dense, "nll", ratio=False),
-        "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
+        "gap": finite_or_none(nll[0] - nll[1]),
+        "acc_of_dense": finite_or_none(accuracy[0] / accuracy[1]) if accuracy[1] else None,
         "help": first.get("help"),
         **{key: finite_or_none(mean(group.costs(key))) for key in COST_KEYS},
         "cost_seconds": sum(mean(group.costs(key)) for key in ("train_seconds", "teacher_seconds")),
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
-
-
-def _relative_to_dense(group: SeedGroup, dense: SeedGroup | None, metric: str, *, ratio: bool) -> float | None:
-    """The group's mean minus the dense tuned model's over common seeds, or their ratio."""
-    pair = _pair_by_seed(group, dense)
-    if pair is None:
-        return None
-    ours, theirs = (mean(paired.values(metric)) for paired in pair)
-    if ratio:
-        return finite_or_none(ours / theirs) if theirs else None
-    return finite_or_none(ours - theirs)
 
 
 def _pair_by_seed(group: SeedGroup, other: SeedGroup | None) -> tuple[SeedGroup, SeedGroup] | None:

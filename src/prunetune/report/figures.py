@@ -1,4 +1,4 @@
-"""The figures of the report, drawn with matplotlib: scores, recovery, kept units, training curves.
+"""The figures of the report, drawn with matplotlib: scores, recovery, kept units.
 
 Sizes are in inches; all figures have one width, so that type has one size.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -25,29 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
-MAX_POINTS = 300
 MAX_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
-PHASE_COLOURS = {"prune": svg.SEARCH, "search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
-
-
-@dataclass(frozen=True)
-class TrainingCurve:
-    """A quantity over steps."""
-
-    points: tuple[tuple[float, float], ...]  # (step, value), ascending
-    colour: str
-    smoothed: bool = False  # draw a running mean over the raw line
-    markers: bool = False
-
-
-@dataclass(frozen=True)
-class PhaseSpan:
-    """The steps of one phase."""
-
-    phase: str
-    first: float
-    last: float
 
 
 def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
@@ -75,7 +53,7 @@ def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Mar
             draw_mark(axes, share, position, xerr=error)
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
         _task_axis(axes, [task for task, _, _ in rows], 0.08)
-        _percent_axis(axes.xaxis)
+        percent_axis(axes.xaxis)
         axes.set_xlabel("of the reference's score")
 
     return svg.render_svg("recovery", label, WIDTH, 0.8 + 0.3 * len(rows), draw)
@@ -139,7 +117,7 @@ def _draw_shares(axes: Axes, kept: Mapping[int, LayerKeptUnits], kept_colour: st
     axes.bar(indices, [1.0] * len(indices), color=removed_colour, width=0.8)
     axes.bar(indices, [kept[index].share for index in indices], color=kept_colour, width=0.8)
     axes.set_ylim(0, 1)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.grid(visible=False)
     _layer_axis(axes, indices)
 
@@ -173,64 +151,10 @@ def _layer_axis(axes: Axes, indices: Sequence[int]) -> None:
     axes.set_xlabel("layer")
 
 
-def _percent_axis(axis: Axis) -> None:
+def percent_axis(axis: Axis) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def training_curve_figure(
-    name: str, label: str, curves: Sequence[TrainingCurve], spans: Sequence[PhaseSpan], *,
-    target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain", cuts: Sequence[float] = (),
-) -> Markup:  # fmt: skip
-    """Quantities over the steps of the run: phases shaded, a vertical line at each cut, a dashed one at the target."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for span in spans:
-            axes.axvspan(span.first, span.last, color=PHASE_COLOURS.get(span.phase, svg.GRID), linewidth=0)
-        for step in cuts:
-            axes.axvline(step, color=svg.MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-        for curve in curves:
-            _plot_curve(axes, curve)
-        if target is not None:
-            axes.axhline(target, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        if kind == "share":
-            _percent_axis(axes.yaxis)
-        if kind == "rate":
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-        if kind != "plain":
-            axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.margins(x=0)
-
-    return svg.render_svg(name, label, WIDTH, 2.2, draw)
-
-
-def _plot_curve(axes: Axes, curve: TrainingCurve) -> None:
-    points = downsample(curve.points)
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    marker = "o" if curve.markers or len(points) == 1 else None
-    if not curve.smoothed or len(points) < 15:
-        axes.plot(steps, values, color=curve.colour, marker=marker, clip_on=marker is None)
-        return
-    axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.4)
-    axes.plot(steps, running_mean(values, len(values) // 15), color=curve.colour)
-
-
-def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points: means of equal runs of neighbours."""
-    size = max(1, math.ceil(len(points) / MAX_POINTS))
-    chunks = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        (sum(step for step, _ in chunk) / len(chunk), sum(value for _, value in chunk) / len(chunk)) for chunk in chunks
-    ]
-
-
-def running_mean(values: Sequence[float], neighbours: int) -> list[float]:
-    """Mean over so many neighbours to either side, fewer at the ends."""
-    windows = [values[max(0, centre - neighbours) : centre + neighbours + 1] for centre in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
 
 
 def legend_entries(names: Mapping[str, str]) -> list[tuple[str, str]]:

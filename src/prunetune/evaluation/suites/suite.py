@@ -130,7 +130,9 @@ def parse_suite(values: Any, *, where: str = "suite", folder: Path = Path()) -> 
         raise ConfigError(f"{where}: a suite has the key tasks, a list or a mapping of tasks; see suites/")
     for key in values:
         validate_name(str(key), SUITE_KEYS, f"{where}: key")
-    level = _level(values.get("level", DEFAULT_SIGNIFICANCE), where)
+    level = values.get("level", DEFAULT_SIGNIFICANCE)
+    if not isinstance(level, float) or not 0 < level <= 0.5:
+        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {short_repr(level)}")
     root = str(folder / expand_path(str(values.get("root") or "").strip()))
     correction: Any = validate_name(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
@@ -154,12 +156,6 @@ def _entries(tasks: Any, where: str) -> list[tuple[str, Any]]:
     return [
         (str(name or f"task-{number}"), task) for number, (name, task) in enumerate(zip(names, tasks, strict=True), 1)
     ]
-
-
-def _level(value: Any, where: str) -> float:
-    if not isinstance(value, float) or not 0 < value <= 0.5:
-        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {short_repr(value)}")
-    return value
 
 
 def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: str) -> Task:

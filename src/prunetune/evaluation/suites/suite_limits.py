@@ -55,24 +55,19 @@ def parse_limits(value: Any, task: str, metrics: Sequence[str], level: float, wh
         by_metric = {metrics[0]: value}
     else:
         raise ConfigError(f"{where}: limits of an lm_eval task name their metric, such as acc: {{relative: 0.95}}")
-    return tuple(
-        limit
-        for metric, bounds in by_metric.items()
-        for limit in _bounds(bounds, task, _metric(metric, metrics, where), level, f"{where}: limits.{metric}")
-    )
-
-
-def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
-    return validate_name(str(name), metrics, f"{where}: limits: metric") if metrics else str(name)
-
-
-def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> list[SuiteLimit]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} maps min, max, relative, drop or statistical to a bound, got {short_repr(value)}")
-    given = dict(value)
-    if given.get("statistical") is True:
-        given["statistical"] = level
-    elif given.get("statistical") is False:
-        del given["statistical"]
-    bounds = vars(read_options(Bounds, given, where=where))
-    return [SuiteLimit(task, metric, kind, bound) for kind, bound in bounds.items() if bound != UNSET]
+    limits = []
+    for name, bounds in by_metric.items():
+        metric = validate_name(str(name), metrics, f"{where}: limits: metric") if metrics else str(name)
+        of_metric = f"{where}: limits.{name}"
+        if not isinstance(bounds, Mapping):
+            raise ConfigError(
+                f"{of_metric} maps min, max, relative, drop or statistical to a bound, got {short_repr(bounds)}"
+            )
+        given = dict(bounds)
+        if given.get("statistical") is True:
+            given["statistical"] = level
+        elif given.get("statistical") is False:
+            del given["statistical"]
+        kinds = vars(read_options(Bounds, given, where=of_metric))
+        limits += [SuiteLimit(task, metric, kind, bound) for kind, bound in kinds.items() if bound != UNSET]
+    return tuple(limits)
