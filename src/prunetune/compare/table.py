@@ -61,12 +61,17 @@ class SeedGroup:
 
     def _task_result(self, task: str, metric: str) -> TaskResult:
         items_by_seed = [item_scores(cell["items"].get(task, {})) for cell in self.cells]
-        common = [name for name in items_by_seed[0] if all(name in items for items in items_by_seed)]
-        items = tuple(
-            Item(name, "", "", "", None, _mean_scores([items[name] for items in items_by_seed])) for name in common
-        )
+        items: list[Item] = []
+        for id in items_by_seed[0]:
+            if all(id in by_id for by_id in items_by_seed):
+                by_seed = [
+                    by_id[id] for by_id in items_by_seed
+                ]  # the scores that all seeds have; nan if one of them is
+                shared = [name for name in by_seed[0] if all(name in scores for scores in by_seed)]
+                means = {name: mean([scores[name] for scores in by_seed]) for name in shared}
+                items.append(Item(id, "", "", "", None, means))
         scored = [item for item in items if PER_ITEM_METRIC.get(metric, metric) in item.scores]
-        return TaskResult(task, {metric: aggregate_items(scored, metric)}, items)
+        return TaskResult(task, {metric: aggregate_items(scored, metric)}, tuple(items))
 
 
 def item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
@@ -83,15 +88,6 @@ def item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
                 if value is not None:
                     scores[name][metric] = float(value)
     return scores
-
-
-def _mean_scores(scores_by_seed: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean over seeds of every score that all seeds have; nan if one of them is."""
-    return {
-        name: mean([scores[name] for scores in scores_by_seed])
-        for name in scores_by_seed[0]
-        if all(name in scores for scores in scores_by_seed)
-    }
 
 
 def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], config: RunConfig) -> JsonObject:
@@ -112,6 +108,9 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
     # That others are compared with: `progressive`, or the first variant of it if that did not run.
     reference = REFERENCE if REFERENCE in own or not own else own[0]
     rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
+    # The days on which the cells ran, and the commits and versions that ran them; cells of 0.1.0 name the version.
+    made = [{"version": cell.get("versions", {}).get("prunetune")} | cell.get("made", {}) for cell in cells]
+    made_by = {f"{key}s": sorted({own[key] for own in made if own.get(key)}) for key in ("date", "commit", "version")}
     return {
         "format": FORMAT,
         "model": config.model,
@@ -120,7 +119,7 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
         "within": config.compare.within,
         "keeps": keeps,
         **_columns(cells, rows),
-        "made": _made(cells),
+        "made": made_by,
         "rows": rows,
         "rates": trials,
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
@@ -139,12 +138,6 @@ def _columns(cells: Sequence[JsonObject], rows: Sequence[JsonObject]) -> JsonObj
         "tasks": [name for name in named if name not in means and not name.startswith("nll ")],
         "floors": {task: floors for cell in scored for task, floors in cell.get("floors", {}).items()},
     }
-
-
-def _made(cells: Sequence[JsonObject]) -> JsonObject:
-    """The days on which the cells ran, and the commits and versions that ran them; cells of 0.1.0 name the version."""
-    made = [{"version": cell.get("versions", {}).get("prunetune")} | cell.get("made", {}) for cell in cells]
-    return {f"{key}s": sorted({part[key] for part in made if part.get(key)}) for key in ("date", "commit", "version")}
 
 
 def _as_stored(cell: JsonObject) -> list[JsonObject]:
@@ -170,28 +163,24 @@ def as_good_as_dense(comparison: JsonObject) -> list[JsonObject]:
     dense = next((row for row in comparison["rows"] if row["method"] == DENSE and row["scores"].get("nll")), None)
     if dense is None:
         return []
-    loss, candidates = dense["scores"]["nll"]["value"], []
+    most, good = dense["scores"]["nll"]["value"] * (1 + comparison["within"]), []
     for row in comparison["rows"]:
         score = row["scores"].get("nll", {})
         if row.get("bytes") and score.get("value") is not None:
             error = score.get("dense_se") or 0.0
-            if score["value"] - error <= loss * (1 + comparison["within"]):
-                candidates.append(row)
-    return candidates
+            good += [row] if score["value"] - error <= most else []
+    return good
 
 
 def _learning_rate_trials(cells: Sequence[JsonObject], learning_rates: Mapping[str, float]) -> list[JsonObject]:
     """The learning rates of every method that had several, each with its NLL on valid."""
     rows = []
-    for method, chosen_rate in learning_rates.items():
+    for method, chosen in learning_rates.items():
         of_method = [cell for cell in cells if cell["method"] == method]
-        first = [(cell["keep"], cell["seed"]) for cell in of_method][:1]
-        trials = [cell for cell in of_method if (cell["keep"], cell["seed"]) in first]
-        if len(trials) > 1:
-            for cell in trials:
-                rate, nll = cell["learning_rate"], cell.get("valid_nll")
-                chosen = rate == chosen_rate
-                rows.append({"method": method, "learning_rate": rate, "valid_nll": nll, "chosen": chosen})
+        trials = [cell for cell in of_method if all(cell[key] == of_method[0][key] for key in ("keep", "seed"))]
+        for cell in trials if len(trials) > 1 else ():
+            rate, nll = cell["learning_rate"], cell.get("valid_nll")
+            rows.append({"method": method, "learning_rate": rate, "valid_nll": nll, "chosen": rate == chosen})
     return rows
 
 
