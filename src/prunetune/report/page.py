@@ -97,7 +97,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "model_names": MODEL_NAMES,
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_model(evaluations), ""),
         "tasks": tasks,
-        "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
+        "score_figures": _score_figures(rows, with_recovery="tuned" in evaluations),
         "score_legend": figures.legend_entries(marks),
         "drift": _drift_rows(run),
         "drift_models": [name for name in MODELS if run.drift and name in run.drift.tasks],
@@ -146,25 +146,19 @@ def _drift_rows(run: RunFiles) -> dict[str, dict[str, dict[str, Score]]]:
     return {kind: row for kind, row in rows.items() if row["kl"]}
 
 
-def _recovery_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
-    """How much of the reference is left in each task, by the metric that stands for it."""
-    shares = [
-        (row.task, *row.recovery_with_se) for row in rows if row.is_headline and math.isfinite(row.recovery_with_se[0])
-    ]
-    if not shares:
-        return []
-    label = "Recovery by task; the table above has the numbers"
-    note = "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
-    return [ReportFigure("Recovery", figures.recovery_figure(label, shares), note=note)]
-
-
-def _score_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
-    """A figure for each headline metric."""
-    by_metric: dict[str, list[scores.TaskMetricRow]] = {}
-    for row in rows:
-        if row.is_headline:
-            by_metric.setdefault(row.metric, []).append(row)
-    drawn = []
+def _score_figures(rows: Sequence[scores.TaskMetricRow], *, with_recovery: bool) -> list[ReportFigure]:
+    """What is left of the reference's score in each task, by the metric that stands for it; then each such metric."""
+    drawn, by_metric = [], dict[str, list[scores.TaskMetricRow]]()
+    for row in (row for row in rows if row.is_headline):
+        by_metric.setdefault(row.metric, []).append(row)
+    kept = [(row.task, *row.recovery_with_se) for row in rows if row.is_headline]
+    kept = [share for share in kept if math.isfinite(share[1])]
+    if with_recovery and kept:
+        picture = figures.recovery_figure("Recovery by task; the table above has the numbers", kept)
+        note = (
+            "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
+        )
+        drawn.append(ReportFigure("Recovery", picture, note=note))
     for metric, metric_rows in by_metric.items():
         better = "Higher is better." if higher_is_better(metric) else "Lower is better."
         title = metric_rows[0].label[:1].upper() + metric_rows[0].label[1:]
