@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.bench import clock
+from prunetune.bench.clock import random_prompts, time_request
 from prunetune.bench.cuda_graph import CudaGraphStep
 from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner_protocol import BenchSample, ModelFacts, OutOfMemory, WorkEstimate
-from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.errors import ModelError
 from prunetune.model.checksums import verify_checksums
 from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype, weight_files

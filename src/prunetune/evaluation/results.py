@@ -155,6 +155,12 @@ def is_hidden(text: str) -> bool:
     return re.fullmatch(rf"{re.escape(HIDDEN)}( answer \d+)?", text) is not None
 
 
+def common_items(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
+    """The items of the same id in both results."""
+    others = {item.id: item for item in theirs.items}
+    return [(item, others[item.id]) for item in mine.items if item.id in others]
+
+
 def headline_metric(result: TaskResult) -> str:
     """The metric that stands for a task: one of `HEADLINE_METRICS`, else its first; "" where it has none."""
     return next((metric for metric in (*HEADLINE_METRICS, *result.scores) if metric in result.scores), "")

@@ -69,6 +69,7 @@ def template_environment(*folders: Path) -> jinja2.Environment:
     )  # fmt: skip
     environment.filters |= {
         "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
+        "short": formatting.short, "size": formatting.size, "milliseconds": formatting.milliseconds,
         "ranges": kept_layers.format_ranges,
     }  # fmt: skip
     return environment

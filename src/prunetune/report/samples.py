@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
-from prunetune.evaluation.results import Evaluation, Item, is_hidden
+from prunetune.evaluation.results import Evaluation, Item, common_items, is_hidden
 from prunetune.report import formatting
 from prunetune.report.scores import reference_model
 
@@ -57,9 +57,9 @@ def select_samples(evaluations: Mapping[str, Evaluation]) -> AnswerSamples:
     pairs: list[AnswerSample] = []
     for task, result in evaluations["pruned"].tasks.items():
         earlier = evaluations[reference].tasks.get(task)
-        before = {item.id: item for item in earlier.items} if earlier else {}
-        answered = [item for item in result.items if item.got or item.correct is not None]
-        pairs += [_sample(task, before[item.id], item) for item in answered if item.id in before]
+        for after, before in common_items(result, earlier) if earlier else ():
+            if after.got or after.correct is not None:
+                pairs.append(_sample(task, before, after))
     counts: dict[FlipKind, int] = {flip: sum(sample.flip == flip for sample in pairs) for flip in SAMPLES_PER_FLIP}
     queues: dict[FlipKind, list[AnswerSample]] = {}
     for flip in SAMPLES_PER_FLIP:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from prunetune.errors import RunFolderError
-from prunetune.evaluation.results import Score, higher_is_better
+from prunetune.evaluation.results import higher_is_better
 from prunetune.report import formatting, run_details, scores, svg, verdicts
 from prunetune.report.figures import WIDTH, draw_mark, legend_entries
 from prunetune.report.run_folder import RunFiles, get_mapping, get_number, read_run
@@ -44,6 +44,11 @@ class SizeRow:
         """Tokens a second over the dense model's, measured in turns."""
         facts = speedup(self.run.manifest, "throughput")
         return facts.median if facts else None
+
+    @property
+    def speed_text(self) -> str:
+        """The ratio with its range; "" where it was not measured."""
+        return speedup_text(speedup(self.run.manifest, "throughput"))
 
     @property
     def saved(self) -> float | None:
@@ -87,9 +92,10 @@ def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
         "run": run,
         "model_name": run.model_name,
         "verdict": summary_line(rows),
-        "rows": [_table_row(row) for row in rows],
+        "rows": rows,
         "headline": headline,
-        "dense": _dense_row(rows[0].run if rows else run, headline, reference_name),
+        "dense": (rows[0].run if rows else run).manifest,  # the first size measured it, too
+        "reference_name": reference_name,
         "figures": _frontier_figures(rows, headline),
         "legend_entries": legend_entries({svg.PRUNED: "sizes of this run", svg.TUNED: reference_name}),
         "tasks": _task_rows(rows),
@@ -123,38 +129,6 @@ def summary_line(rows: Sequence[SizeRow]) -> str:
 
 def _first_to_last(words: Sequence[str]) -> str:
     return words[0] if words[0] == words[-1] else f"{words[0]} to {words[-1]}"
-
-
-def _table_row(row: SizeRow) -> dict[str, Any]:
-    manifest, headline = row.run.manifest, row.headline
-    figures = manifest.gain.figures
-    return {
-        "name": row.name,
-        "kept": formatting.share(None if row.saved is None else 1 - row.saved, 1),
-        "params": formatting.short(row.params),
-        "bytes": formatting.size(manifest.pruned.bytes),
-        "quality": Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None,
-        "recovery": formatting.share(headline.recovery, 1) if headline and headline.recovery is not None else "–",
-        "speed": speedup_text(speedup(manifest, "throughput")) or formatting.NOT_KNOWN,
-        "prefill": formatting.milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
-        "decode": formatting.milliseconds(figures["decode"].pruned if "decode" in figures else None),
-        "on_frontier": row.on_frontier,
-        "passed": not manifest.failed,
-        "report": f"sizes/{row.name}/report.html",
-    }
-
-
-def _dense_row(run: RunFiles, headline: HeadlineScore | None, reference_name: str) -> dict[str, str]:
-    """The row of the model that all sizes are compared with; `run`: the first size, which measured it."""
-    model, figures = run.manifest.model, run.manifest.gain.figures
-    return {
-        "name": reference_name,
-        "params": formatting.short(model.params),
-        "bytes": formatting.size(model.bytes),
-        "quality": formatting.decimal(headline.reference if headline else None),
-        "prefill": formatting.milliseconds(figures["prefill"].dense if "prefill" in figures else None),
-        "decode": formatting.milliseconds(figures["decode"].dense if "decode" in figures else None),
-    }
 
 
 def _task_rows(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:

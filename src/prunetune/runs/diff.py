@@ -9,7 +9,7 @@ from typing import Any
 
 from prunetune.config.recipe import to_mapping
 from prunetune.errors import DataError, PlanError, RunFolderError
-from prunetune.evaluation.results import Evaluation, Score
+from prunetune.evaluation.results import Evaluation, Score, common_items
 from prunetune.evaluation.statistics import is_same_question, keep_same_questions, paired_difference
 from prunetune.plan import Plan
 from prunetune.runs.folder import flatten_options, open_run
@@ -98,10 +98,8 @@ def _score_table(runs: Sequence[ComparedRun]) -> str:
                     change = paired_difference(theirs, result, metric)
             paired = f"{change.value:+.3f} ± {change.se:.3f}" if math.isfinite(change.value) else "–"
             rows.append((f"{task} {metric}", *cells, paired))
-        items = {item.id: item for item in result.items}
         try:
-            common = [(items[item.id], item) for item in theirs.items if item.id in items] if theirs else []
-            keep_same_questions(task, common)
+            keep_same_questions(task, common_items(result, theirs) if theirs else [])
         except DataError as other_questions:  # the same ids belong to other questions
             reasons.append(str(other_questions))
     lines = table_lines(("score", *(f">{run.name}" for run in runs), ">last - first (paired)"), rows)
@@ -151,10 +149,8 @@ def find_flips(first: Evaluation, other: Evaluation) -> tuple[list[FlippedItem],
     """Items that one got right and the other wrong, and how many both answered: same id and same question."""
     flips, common = [], 0
     for task in (name for name in first.tasks if name in other.tasks):
-        items = {item.id: item for item in first.tasks[task].items if item.correct is not None}
-        for after in other.tasks[task].items:
-            before = items.get(after.id)
-            if after.correct is not None and before is not None and is_same_question(before, after):
+        for after, before in common_items(other.tasks[task], first.tasks[task]):
+            if None not in (before.correct, after.correct) and is_same_question(before, after):
                 common += 1
                 if before.correct != after.correct:
                     flips.append(FlippedItem(task, after.id, bool(after.correct), before.got, after.got))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prunetune.bench import clock
+from prunetune.bench.clock import random_prompts, time_request
 from prunetune.bench.cuda_graph import CudaGraphStep
-from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import PHASES, TRACKS
 

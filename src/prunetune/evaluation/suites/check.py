@@ -10,15 +10,14 @@ from prunetune.evaluation.paired import compare_paired, holm
 from prunetune.evaluation.results import (
     MAX_PROMPT_CHARS,
     Evaluation,
-    Item,
     Score,
     TaskResult,
+    common_items,
     higher_is_better,
     recovery,
 )
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, is_same_question, keep_same_questions, paired_difference
-from prunetune.evaluation.suites.suite import Suite, Task
-from prunetune.evaluation.suites.suite_limits import SuiteLimit
+from prunetune.evaluation.suites.suite import Suite, SuiteLimit, Task
 from prunetune.utils.json_lines import finite_or_none
 from prunetune.utils.redaction import SHOW_ALL, Redaction
 
@@ -165,7 +164,7 @@ def _judge(limit: SuiteLimit, mine: TaskResult, theirs: TaskResult | None) -> Ve
     if math.isnan(value):
         return Verdict(limit, True, value, other.value, f"{label} is not a number")
     if needs_reference and theirs is not None:
-        keep_same_questions(limit.task, _common(mine, theirs))  # raises where the reference has other rows
+        keep_same_questions(limit.task, common_items(mine, theirs))  # raises where the reference has other rows
     if kind == "statistical" and theirs is not None:
         paired = compare_paired(mine, theirs, metric)
         says = (
@@ -202,7 +201,7 @@ def new_failures(mine: TaskResult, theirs: TaskResult, redaction: Redaction = SH
     """
     metric = next(iter(mine.scores), "")
     evidence = PER_ITEM_METRIC.get(metric, metric)
-    pairs = [pair for pair in _common(mine, theirs) if is_same_question(*pair)]
+    pairs = [pair for pair in common_items(mine, theirs) if is_same_question(*pair)]
     is_graded = all(old.correct is None for _, old in pairs)
     failures = []
     for now, old in pairs:
@@ -214,8 +213,3 @@ def new_failures(mine: TaskResult, theirs: TaskResult, redaction: Redaction = SH
             failures.append(Failure(mine.task, *texts, evidence, before, after, lost))
     worst_first = sorted(failures, key=lambda failure: (-failure.lost, failure.id))
     return worst_first[:MAX_GRADED_FAILURES] if is_graded else failures
-
-
-def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
-    before = {item.id: item for item in theirs.items}
-    return [(item, before[item.id]) for item in mine.items if item.id in before]
