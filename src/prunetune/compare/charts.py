@@ -17,7 +17,6 @@ from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
@@ -73,7 +72,7 @@ def draw_metric_chart(
         f"{label} by share removed; the tables below have the numbers",
         WIDTH,
         3.0 if several_sizes else 0.7 + 0.24 * len(scored),
-        lambda figure: draw(figure, metric, scored, styles),
+        lambda axes: draw(axes, metric, scored, styles),
     )
     better = "Higher is better" if metric.startswith(("acc", "rouge_l")) else "Lower is better"
     return ReportFigure(label, markup, note=f"{better}. Bars: one standard error over items.")
@@ -102,9 +101,8 @@ def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyl
 
 
 def _draw_costs(
-    figure: Figure, label: str, points: Sequence[tuple[float, JsonObject]], styles: Mapping[str, MethodStyle]
+    axes: Axes, label: str, points: Sequence[tuple[float, JsonObject]], styles: Mapping[str, MethodStyle]
 ) -> None:
-    axes = figure.subplots()
     for name in dict.fromkeys(row["method"] for _, row in points):
         by_cost = {cost: row for cost, row in points if row["method"] == name}  # a dense one is in every size's rows
         style, costs = styles[name], sorted(by_cost)
@@ -125,11 +123,10 @@ def _draw_line(
     )  # fmt: skip
 
 
-def _draw_curves(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
+def _draw_curves(axes: Axes, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
     """A line over sizes for each method; a dense method is a point and a level."""
     from matplotlib.ticker import PercentFormatter
 
-    axes = figure.subplots()
     dense = {row["method"] for row in rows if math.isclose(row["kept"], 1.0) and row["keep"] < 1}
     for order, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = sorted((row for row in rows if row["method"] == name), key=lambda row: -float(row["kept"]))
@@ -145,9 +142,8 @@ def _draw_curves(figure: Figure, metric: str, rows: Sequence[JsonObject], styles
         _set_log_scale(axes, [row["scores"][metric]["value"] for row in rows], vertical=True)
 
 
-def _draw_dots(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
+def _draw_dots(axes: Axes, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
     """A row with a point for each method; the dense model and the reference are levels, too."""
-    axes = figure.subplots()
     for position, row in enumerate(rows):
         value, error, style = row["scores"][metric]["value"], row["scores"][metric]["se"], styles[row["method"]]
         if row["method"] == DENSE or style.is_reference:

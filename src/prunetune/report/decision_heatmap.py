@@ -20,7 +20,7 @@ from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+    from matplotlib.axes import Axes
 
 SHADES = 10
 MAX_COLUMNS = 40
@@ -76,8 +76,7 @@ def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, kind: str) -> lis
 def _draw_heatmap(name: str, label: str, columns: Sequence[HeatmapColumn]) -> Markup:
     layers = sorted({layer for column in columns for layer in column.shares})
 
-    def draw(drawing: Drawing) -> None:
-        axes = drawing.subplots()
+    def draw(axes: Axes) -> None:
         cells_by_shade: dict[int, list[tuple[int, int]]] = {}
         for x, column in enumerate(columns):
             for layer, share in column.shares.items():

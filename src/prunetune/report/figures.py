@@ -21,8 +21,6 @@ from prunetune.report.scores import TaskMetricRow
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
 WIDTH = 5.0
 MAX_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
@@ -31,8 +29,7 @@ MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (
 def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
     """One metric over its tasks: a mark for each model, a bar of one standard error to either side."""
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         for position, row in enumerate(rows):
             for offset, (name, (colour, marker)) in zip((-0.22, 0.0, 0.22), MODEL_MARKS.items(), strict=True):
                 score = row.scores.get(name)
@@ -47,8 +44,7 @@ def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
 def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Markup:
     """Recovery by task from (task, share of the reference, its standard error); a dashed line at 100%."""
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         for position, (_, share, error) in enumerate(rows):
             draw_mark(axes, share, position, xerr=error)
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -78,8 +74,7 @@ def groups_figure(label: str, attention: Mapping[int, LayerKeptUnits], layers: S
     if max_groups > MAX_GROUPS:
         return unit_share_figure("groups", label, attention)
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         cells = {(index, unit) for index, groups in attention.items() for unit in range(groups.units)}
         kept = {(index, unit) for index, groups in attention.items() for unit in groups.kept}
         draw_cells(axes, sorted(kept), svg.PRUNED)
@@ -109,7 +104,7 @@ def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha:
 def unit_share_figure(name: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
     """Share of the units of one kind that is kept, by layer."""
     colours = svg.PRUNED, svg.REMOVED
-    return svg.render_svg(name, label, WIDTH, 1.9, lambda figure: _draw_shares(figure.subplots(), kept, *colours))
+    return svg.render_svg(name, label, WIDTH, 1.9, lambda axes: _draw_shares(axes, kept, *colours))
 
 
 def _draw_shares(axes: Axes, kept: Mapping[int, LayerKeptUnits], kept_colour: str, removed_colour: str) -> None:

@@ -22,7 +22,7 @@ from prunetune.report.summary import share_saved
 from prunetune.report.training_curves import ReportFigure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ def _draw_frontier(
 ) -> Markup:
     """Each size a mark with its name and its standard error; the reference a dashed line."""
 
-    def draw(drawing: Drawing) -> None:
-        axes = drawing.subplots()
+    def draw(axes: Axes) -> None:
         axes.locator_params(axis="x", nbins=5)  # sizes that are nearly equal have long numbers
         marks = [(x, row.headline.pruned, row.headline.pruned_se, row.name) for row, x in points if row.headline]
         axes.plot([x for x, *_ in marks], [quality for _, quality, *_ in marks], color=svg.PRUNED, linewidth=1)

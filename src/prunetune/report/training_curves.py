@@ -17,7 +17,6 @@ from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MAX_POINTS = 300
 PHASES = {
@@ -151,8 +150,7 @@ def _curve_figure(
     if not present:
         return None
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         for span in phase_spans(run.metrics):
             axes.axvspan(span.first, span.last, color=PHASES.get(span.phase, (svg.GRID, ""))[0], linewidth=0)
         for line in cut_lines(run.metrics):
