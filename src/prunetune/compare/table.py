@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from prunetune.compare.methods import DENSE, REFERENCE
 from prunetune.config.recipe import RunConfig
-from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.results import Item, TaskResult
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, aggregate_items, paired_difference
 from prunetune.utils.json_lines import JsonObject, finite_or_none
 
@@ -233,10 +233,12 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
     ]
     for metric in dict.fromkeys([*first["headline"], *of_tasks]):
         if values := group.values(metric):
+            tasks = [score for result in group.task_results(metric).values() for score in result.scores.values()]
             scores[metric] = {
                 "value": finite_or_none(mean(values)),
                 "sd": finite_or_none(float(np.std(values, ddof=1))) if len(values) > 1 else None,
-                "se": finite_or_none(standard_error(group.task_results(metric).values())),
+                # Of the mean over tasks, all with equal weight.
+                "se": finite_or_none(math.hypot(*(score.se for score in tasks)) / len(tasks)) if tasks else None,
                 **(mean_difference(group, reference, metric) if reference and method != reference_name else {}),
             }
             if metric == "nll" and dense and method != DENSE:
@@ -293,12 +295,6 @@ def mean_difference(group: SeedGroup, other: SeedGroup | None, metric: str) -> d
         "difference_se": finite_or_none(error),
         "difference_seed_se": finite_or_none(seed_error),
     }
-
-
-def standard_error(tasks: Iterable[TaskResult]) -> float:
-    """The standard error of the mean over tasks, all with equal weight; nan without a task."""
-    scores: list[Score] = [score for task in tasks for score in task.scores.values()]
-    return math.hypot(*(score.se for score in scores)) / len(scores) if scores else math.nan
 
 
 def mean(values: Sequence[float]) -> float:

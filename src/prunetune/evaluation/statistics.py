@@ -132,7 +132,9 @@ def _label_f1(items: Sequence[Item]) -> Statistic:
 def _mean_f1(expected: Sequence[str], got: Sequence[str]) -> Statistic:
     """Mean F1 over the labels that were expected or chosen in a resample."""
     labels = sorted({*expected, *got})
-    is_expected, is_got = _one_hot(expected, labels), _one_hot(got, labels)
+    is_expected, is_got = (  # 1 where an item has a label, [items, labels]
+        np.array([[float(value == label) for label in labels] for value in values]) for values in (expected, got)
+    )
 
     def statistic(weights: Array) -> Array:
         hits = weights @ (is_expected * is_got)
@@ -142,11 +144,6 @@ def _mean_f1(expected: Sequence[str], got: Sequence[str]) -> Statistic:
         return present
 
     return statistic
-
-
-def _one_hot(values: Sequence[str], labels: Sequence[str]) -> Array:
-    """1 where an item has a label, [items, labels]."""
-    return np.array([[float(value == label) for label in labels] for value in values])
 
 
 # -- BLEU and chrF (sacrebleu): no means over items --------------------------------------------------------------------

@@ -23,36 +23,29 @@ class Tile:
 
 def summary_line(run: RunFiles, headline: HeadlineScore | None) -> str:
     """The run in one sentence: size, then quality."""
-    parts = [part for part in (_size_summary(run), _quality_summary(headline)) if part]
-    return "; ".join(parts) if parts else f"Run {run.name}: no results yet"
-
-
-def _size_summary(run: RunFiles) -> str:
-    dense, pruned = run.manifest.model, run.manifest.pruned
-    of_decoder = share_saved(dense.decoder_params, pruned.decoder_params)
+    dense, pruned, parts = run.manifest.model, run.manifest.pruned, []
+    of_decoder, of_all = (
+        share_saved(dense.decoder_params, pruned.decoder_params),
+        share_saved(dense.params, pruned.params),
+    )
     if of_decoder is not None:
-        of_all = share_saved(dense.params, pruned.params)
         words = f"{formatting.share(of_decoder)} smaller decoder"
-        return words if of_all is None else f"{formatting.share(of_all)} smaller ({words})"
-    if run.plan is None:
-        return ""
-    counts = {kind: count_kept(kept_by_kind(run.plan)[kind].values()) for kind in (GROUPS, CHANNELS)}
-    shares = [f"{formatting.share(kept / units)} of {kind}" for kind, (kept, units) in counts.items() if units]
-    return f"{' and '.join(shares)} kept"
+        parts.append(words if of_all is None else f"{formatting.share(of_all)} smaller ({words})")
+    elif run.plan is not None:
+        counts = {kind: count_kept(kept_by_kind(run.plan)[kind].values()) for kind in (GROUPS, CHANNELS)}
+        shares = [f"{formatting.share(kept / units)} of {kind}" for kind, (kept, units) in counts.items() if units]
+        parts.append(f"{' and '.join(shares)} kept")
+    if headline is not None:
+        score = f"{'mean ' if headline.tasks > 1 else ''}{headline.label} {formatting.decimal(headline.pruned)}"
+        of = f", {formatting.share(headline.recovery)} of" if headline.recovery is not None else ""
+        of = of or f" against {formatting.decimal(headline.reference)} of"
+        parts.append(f"{score}{of} the {headline.reference_name} model")
+    return "; ".join(parts) if parts else f"Run {run.name}: no results yet"
 
 
 def share_saved(dense: float | None, pruned: float | None) -> float | None:
     """Share of the dense model's size that is gone; None where a size is not known."""
     return 1 - pruned / dense if dense and pruned is not None else None
-
-
-def _quality_summary(headline: HeadlineScore | None) -> str:
-    if headline is None:
-        return ""
-    score = f"{'mean ' if headline.tasks > 1 else ''}{headline.label} {formatting.decimal(headline.pruned)}"
-    if headline.recovery is None:
-        return f"{score} against {formatting.decimal(headline.reference)} of the {headline.reference_name} model"
-    return f"{score}, {formatting.share(headline.recovery)} of the {headline.reference_name} model"
 
 
 def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
