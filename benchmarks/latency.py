@@ -25,10 +25,10 @@ import torch
 from rows import give
 from transformers import LlamaConfig
 
-from prunetune.bench.latency.header import table_header
 from prunetune.bench.latency.measure import LatencyTableBuilder
 from prunetune.bench.latency.request_timing import time_requests
 from prunetune.bench.latency.short_models import build_short_model
+from prunetune.bench.latency.tables import table_header
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.deployment import max_cost
 from prunetune.cost.latency_table import PHASES, LatencyTable, latency_costs

@@ -21,7 +21,7 @@ from prunetune.data.batches import pad_token_id
 from prunetune.data.encoding import encode_prompts
 from prunetune.data.records import Message, Record
 from prunetune.errors import DataError
-from prunetune.evaluation.generation import generate
+from prunetune.evaluation.generation import generate_ids
 from prunetune.evaluation.scoring_mode import evaluation_mode
 from prunetune.utils.untrusted import printable
 from support.data import subwords
@@ -44,7 +44,8 @@ def greedy(model: Any, tokenizer: Any, question: str, *, chat: bool = True) -> s
     prompts = encode_prompts([record], tokenizer)
     options: dict[str, Any] = {"max_new_tokens": 6, "max_tokens": 10**6, "tick": lambda _: None}
     with evaluation_mode(model):
-        (text,) = generate(model, tokenizer, prompts, chats=[chat], pad_id=pad_token_id(tokenizer), **options)
+        answers = generate_ids(model, tokenizer, prompts, chats=[chat], pad_id=pad_token_id(tokenizer), **options)
+    (text,) = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return text
 
 

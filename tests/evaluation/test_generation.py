@@ -10,7 +10,7 @@ import torch
 from prunetune.config.recipe import DataConfig, EvaluateConfig
 from prunetune.data.encoding import encode
 from prunetune.data.records import Record, record_from_row
-from prunetune.evaluation.generation import generate, stop_token_ids
+from prunetune.evaluation.generation import generate_ids, stop_token_ids
 from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
@@ -23,7 +23,7 @@ PROMPTS = ["a", "what is it?", "hello", "xy"]
 
 def written(model: Any, prompts: list[str], max_tokens: int = 4096, max_new_tokens: int = 8) -> list[str]:
     tokenizer = characters()
-    return generate(
+    answers = generate_ids(
         model,
         tokenizer,
         [tokenizer(prompt)["input_ids"] for prompt in prompts],
@@ -33,6 +33,8 @@ def written(model: Any, prompts: list[str], max_tokens: int = 4096, max_new_toke
         max_tokens=max_tokens,
         tick=lambda count: None,
     )
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
 
 
 def step_by_step(model: Any, prompt: str, max_new_tokens: int = 8) -> str:

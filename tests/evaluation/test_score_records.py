@@ -13,7 +13,7 @@ import torch
 from prunetune.config.recipe import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
-from prunetune.evaluation.generation import generate
+from prunetune.evaluation.generation import generate_ids
 from prunetune.evaluation.item_subset import make_ids_unique, stable_sample
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
@@ -240,9 +240,9 @@ def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def spied(model: Any, tokenizer: Any, batch: list[tuple[int, ...]], **how: Any) -> list[str]:
         prompts.extend(map(tuple, batch))
-        return generate(model, tokenizer, batch, **how)
+        return generate_ids(model, tokenizer, batch, **how)
 
-    monkeypatch.setattr("prunetune.evaluation.suites.local.generate", spied)
+    monkeypatch.setattr("prunetune.evaluation.suites.local.generate_ids", spied)
     return prompts
 
 

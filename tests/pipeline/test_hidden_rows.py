@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def planted_answers(model: Any, tokenizer: Any, prompts: Sequence[Any], **_: Any) -> list[list[int]]:
+    return [tokenizer("plantgenerated", add_special_tokens=False)["input_ids"]] * len(prompts)
+
+
 @dataclass
 class Workspace:
     """A folder with a model, planted rows and what commands made of them."""
@@ -60,7 +65,7 @@ class Workspace:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PRUNETUNE_CACHE", str(self.root / "cache"))
             patch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
-            patch.setattr(local, "generate", lambda _, __, prompts, **___: ["plantgenerated"] * len(prompts))
+            patch.setattr(local, "generate_ids", planted_answers)
             logger.addHandler(handler)
             logger.setLevel(logging.DEBUG)
             try:

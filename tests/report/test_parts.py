@@ -15,12 +15,11 @@ from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.manifest import DataFacts
 from prunetune.plan import Plan
 from prunetune.report import cuts, decision_heatmap, formatting, run_details, verdicts, write_report
-from prunetune.report.figures import MAX_POINTS, downsample, running_mean
-from prunetune.report.kept_layers import count_kept, format_ranges, layers_from_plan
+from prunetune.report.kept_layers import CHANNELS, GROUPS, count_kept, format_ranges, kept_by_kind
 from prunetune.report.run_folder import read_run
 from prunetune.report.samples import select_samples
 from prunetune.report.scores import headline_score, metric_rows
-from prunetune.report.training_curves import phase_spans, training_curve
+from prunetune.report.training_curves import MAX_POINTS, downsample, phase_spans, running_mean, training_curve
 from support.report import evaluations, make_run, make_sizes
 
 
@@ -105,12 +104,12 @@ def test_generated_answer_is_marked_by_overlap_alone() -> None:
     ("transformer.h.{}.attn", "transformer.h.{}.mlp"),
     ("gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.mlp"),
 ])  # fmt: skip
-def test_layers_come_from_site_names_in_number_order(attention: str, mlp: str) -> None:
+def test_layers_come_from_the_numbers_in_site_names(attention: str, mlp: str) -> None:
     sites = {name.format(layer): (0, 2) if name == mlp else () for layer in (10, 2) for name in (mlp, attention)}
-    layers = layers_from_plan(Plan(sites, dict.fromkeys(sites, 4)))
-    assert [layer.index for layer in layers] == [2, 10]
-    assert count_kept(layer.attention for layer in layers) == (0, 8)
-    assert count_kept(layer.mlp for layer in layers) == (4, 8)
+    kept = kept_by_kind(Plan(sites, dict.fromkeys(sites, 4)))
+    assert {kind: sorted(by_layer) for kind, by_layer in kept.items()} == {GROUPS: [2, 10], CHANNELS: [2, 10]}
+    assert count_kept(kept[GROUPS].values()) == (0, 8)
+    assert count_kept(kept[CHANNELS].values()) == (4, 8)
 
 
 def test_format_ranges_joins_neighbours() -> None:
@@ -354,17 +353,17 @@ def test_recovery_has_the_error_of_the_paired_change() -> None:
 def test_heatmap_ends_with_the_plan(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert run.plan is not None
-    columns = decision_heatmap.heatmap_columns(run.metrics, run.plan, is_attention=False)
+    columns = decision_heatmap.heatmap_columns(run.metrics, run.plan, CHANNELS)
     assert 2 < len(columns) <= decision_heatmap.MAX_COLUMNS + 1
     assert columns[-1].step == 700
     assert columns[-1].shares[0] == len(run.plan.kept["model.layers.0.mlp"]) / 1536
-    assert decision_heatmap.heatmap_columns([], run.plan, is_attention=False) == []
+    assert decision_heatmap.heatmap_columns([], run.plan, CHANNELS) == []
     malformed = [
         {"step": 1, "widths": {"model.layers.0.mlp": "x", "other": 3}},
         {"step": None, "widths": {}},
         {"widths": 3},
     ]
-    assert decision_heatmap.heatmap_columns(malformed, run.plan, is_attention=False)[1].shares == {}
+    assert decision_heatmap.heatmap_columns(malformed, run.plan, CHANNELS)[1].shares == {}
 
 
 def test_heatmap_and_table_of_cuts_show_what_each_cut_left(tmp_path: Path) -> None:
@@ -374,7 +373,7 @@ def test_heatmap_and_table_of_cuts_show_what_each_cut_left(tmp_path: Path) -> No
         metrics[step - 1] |= {"kept": kept, "widths": {"layers.0.attn": widths[0], "layers.0.mlp": widths[1]}}
     validation = [{"step": step, "nll": float(step)} for step in (0, 2, 3, 6)]
     run = replace(read_run(make_run(tmp_path / "run")), plan=plan, metrics=tuple(metrics), validation=tuple(validation))
-    columns = decision_heatmap.heatmap_columns(run.metrics, plan, is_attention=False)
+    columns = decision_heatmap.heatmap_columns(run.metrics, plan, CHANNELS)
     assert [(column.step, column.shares[0]) for column in columns] == [(0, 1.0), (1, 6 / 8), (4, 3 / 8)]
     first, last = cuts.cut_rows(run)
     assert (first.step, first.kept, first.removed) == (1, 0.8, {"KV groups": 0, "MLP channels": 2})

@@ -1,7 +1,5 @@
 """A decode step as a CUDA graph: its time without waiting for Python, as in a serving runtime."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

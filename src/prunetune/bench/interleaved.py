@@ -1,7 +1,5 @@
 """Interleaved timing: models take turns, run by run, so that a slow moment of the machine slows all of them."""
 
-from __future__ import annotations
-
 import logging
 import statistics
 from collections.abc import Sequence

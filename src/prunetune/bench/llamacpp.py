@@ -1,7 +1,5 @@
 """A .gguf file timed in llama.cpp: by the server of the package xllamacpp, on the CPU, with its own timings."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -70,9 +68,6 @@ class LlamaCppRunner:
         prefill, decode = timings[0]["prompt_ms"] * MILLI, timings[0]["predicted_ms"] * MILLI
         # llama.cpp's time of decoding starts at the first token.
         return BenchSample(total, prefill, decode / (self.options.generate - 1), peak)
-
-    def close(self) -> None:
-        """Nothing to do: the process ends."""
 
     def _complete(self, seed: int) -> dict[str, Any]:
         """Complete one random prompt and return llama.cpp's timings."""

@@ -1,7 +1,5 @@
 """A model timed in transformers: prefill, then greedy decode steps; eager, compiled or as a CUDA graph."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.bench import clock
+from prunetune.bench.clock import random_prompts, time_request
 from prunetune.bench.cuda_graph import CudaGraphStep
 from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner_protocol import BenchSample, ModelFacts, OutOfMemory, WorkEstimate
-from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.errors import ModelError
 from prunetune.model.checksums import verify_checksums
 from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype, weight_files
@@ -106,9 +104,6 @@ class LocalRunner:
 
     def run(self, batch: int) -> BenchSample:
         return self._run(batch)[0]
-
-    def close(self) -> None:
-        """Nothing to do: the process ends."""
 
     def _tokens(self, batch: int) -> Tensor:
         return random_prompts(self.model, batch, self.options.prompt)

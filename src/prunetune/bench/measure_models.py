@@ -1,16 +1,15 @@
 """`prunetune bench` as a function: latency, throughput and memory of several models."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from prunetune.bench.interleaved import run_interleaved
-from prunetune.bench.models import resolve_models
+from prunetune.bench.models import ModelSpec, resolve_models
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchResult, summarise_bench
+from prunetune.bench.runner_protocol import Runner
 from prunetune.bench.worker import RunnerFactory, Worker, open_runner
 from prunetune.errors import ConfigError
 from prunetune.model.loading import pick_device
@@ -40,21 +39,27 @@ def measure_models(
             stack.callback(worker.close)
             workers.append(worker)
             log.info("opened %s in %.1f s", spec.label, worker.facts().load_s)
-        measured = run_interleaved(workers, batches, options.runs)
-        facts = [worker.facts() for worker in workers]
-    labels, versions = [spec.label for spec in specs], environment.package_versions()
-    return summarise_bench(labels, facts, measured, options=options, versions=versions)
+        return _measure(specs, workers, batches, options)
 
 
 def measure_in_process(
     models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: RunnerFactory = open_runner
 ) -> BenchResult:
     """`measure_models` in this process; peak memory is left out, since it would be that of all models together."""
-    batches = options.batches
-    specs = resolve_models(models, options)
-    runners = [opener(spec, options) for spec in specs]
+    batches, specs = options.batches, resolve_models(models, options)
+    return _measure(specs, [opener(spec, options) for spec in specs], batches, options, with_peak=False)
+
+
+def _measure(
+    specs: Sequence[ModelSpec],
+    runners: Sequence[Runner],
+    batches: Sequence[int],
+    options: BenchOptions,
+    *,
+    with_peak: bool = True,
+) -> BenchResult:
     measured = run_interleaved(runners, batches, options.runs)
-    for cell in (cell for cells in measured for cell in cells):
+    for cell in (cell for cells in measured for cell in cells if not with_peak):
         cell.samples = [replace(sample, peak_bytes=None) for sample in cell.samples]
     labels, facts = [spec.label for spec in specs], [runner.facts() for runner in runners]
     return summarise_bench(labels, facts, measured, options=options, versions=environment.package_versions())

@@ -1,8 +1,6 @@
 """The models that `prunetune bench` measures: runs, checkpoints, hub names, .gguf files, and their dense models."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +30,18 @@ def resolve_models(models: Sequence[str], options: BenchOptions) -> tuple[ModelS
     or the prompt does not fit.
     """
     names: list[str] = []
+    dense: list[ModelSpec] = []
     for name in models:
-        run = expand_path(name)
-        sizes = list_run_sizes(run) if read_run_config(run) is not None else ()
+        run = read_run_config(path := expand_path(name))
+        sizes = list_run_sizes(path) if run is not None else ()
         names += map(str, sizes or (name,))
     named = [_resolve_model(name, options) for name in names]
-    dense = list(_dense_models(names, options)) if options.dense else []
+    for name in names if options.dense else ():
+        # A .gguf file is opened as the run did, dequantised in transformers.
+        if (run := read_run_config(expand_path(name))) is not None:
+            label = f"{run.model} ({'before the run' if read_history(run.model) else 'dense'})"
+            source = resolve_model_path(run.model)
+            dense.append(ModelSpec(label, source, trust_remote_code=options.trust_remote_code))
     unique = tuple({spec.source: spec for spec in [*dense, *named]}.values())
     for spec in unique:
         _check_context(spec, options)
@@ -51,16 +55,6 @@ def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
         return ModelSpec(str(path), str(path), llama_cpp=True)
     source = resolve_model_path(resolve_checkpoint(name))
     return ModelSpec(name, source, trust_remote_code=options.trust_remote_code)
-
-
-def _dense_models(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:
-    """The dense models of runs; a .gguf file among them is opened as the run did, dequantised in transformers."""
-    for name in models:
-        run = read_run_config(expand_path(name))
-        if run is not None:
-            trust = options.trust_remote_code
-            what = "before the run" if read_history(run.model) else "dense"
-            yield ModelSpec(f"{run.model} ({what})", resolve_model_path(run.model), trust_remote_code=trust)
 
 
 def _check_context(model: ModelSpec, options: BenchOptions) -> None:

@@ -1,7 +1,5 @@
 """Options of `prunetune bench`; imports nothing heavy, since the command line reads it at every start."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The result of `prunetune bench`: every metric with its spread, and its ratio to the first model, run by run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

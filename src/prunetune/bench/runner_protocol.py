@@ -1,7 +1,5 @@
 """The interface of an opened model that can be timed, whatever runtime runs it, and the samples it returns."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +52,3 @@ class Runner(Protocol):
 
     def run(self, batch: int) -> BenchSample:
         """Run and time a batch; raises `OutOfMemory` if it does not fit."""
-
-    def close(self) -> None:
-        """Release the model; may be called twice."""

@@ -1,7 +1,5 @@
 """The result of `prunetune bench` as text for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 from prunetune.bench.interleaved import SummaryStats

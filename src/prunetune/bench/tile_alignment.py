@@ -1,7 +1,5 @@
 """Widths of a pruned model that are no multiple of the tile of matrix kernels, and so limit its speed."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

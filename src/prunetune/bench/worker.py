@@ -1,7 +1,5 @@
 """A model in a process of its own, so that its memory is counted alone while models take turns."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import traceback
@@ -66,6 +64,7 @@ class Worker:
         return self._ask(("run", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def close(self) -> None:
+        """End the process; may be called twice."""
         self.pipe.close()
         self._end()
 

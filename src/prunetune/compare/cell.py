@@ -18,7 +18,7 @@ from prunetune.baselines import BASELINES, Calibration
 from prunetune.compare.grid import Cell, cell_header
 from prunetune.compare.kept_models import KeptModels
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
-from prunetune.compare.scoring import finite_or_none, score_model
+from prunetune.compare.scoring import score_model
 from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches
 from prunetune.errors import ConfigError
@@ -44,7 +44,7 @@ from prunetune.train.passes import Passes, build_passes
 from prunetune.train.step_guard import StepGuard
 from prunetune.utils import environment
 from prunetune.utils.determinism import derive_seed
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, finite_or_none
 
 
 class Interrupted(Exception):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from prunetune.compare.methods import DENSE
 from prunetune.report import svg
 from prunetune.report.figures import WIDTH
+from prunetune.report.formatting import truncated
 from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
@@ -72,7 +72,7 @@ def draw_metric_chart(
         f"{label} by share removed; the tables below have the numbers",
         WIDTH,
         3.0 if several_sizes else 0.7 + 0.24 * len(scored),
-        lambda figure: draw(figure, metric, scored, styles),
+        lambda axes: draw(axes, metric, scored, styles),
     )
     better = "Higher is better" if metric.startswith(("acc", "rouge_l")) else "Lower is better"
     return ReportFigure(label, markup, note=f"{better}. Bars: one standard error over items.")
@@ -101,9 +101,8 @@ def draw_cost_charts(rows: Sequence[JsonObject], styles: Mapping[str, MethodStyl
 
 
 def _draw_costs(
-    figure: Figure, label: str, points: Sequence[tuple[float, JsonObject]], styles: Mapping[str, MethodStyle]
+    axes: Axes, label: str, points: Sequence[tuple[float, JsonObject]], styles: Mapping[str, MethodStyle]
 ) -> None:
-    axes = figure.subplots()
     for name in dict.fromkeys(row["method"] for _, row in points):
         by_cost = {cost: row for cost, row in points if row["method"] == name}  # a dense one is in every size's rows
         style, costs = styles[name], sorted(by_cost)
@@ -116,58 +115,50 @@ def _draw_line(
     axes: Axes, places: Sequence[float], rows: Sequence[JsonObject], metric: str, style: MethodStyle, **options: Any
 ) -> None:
     """A point with its standard error for each row, joined."""
-    values, errors = zip(*(_score(row, metric) for row in rows), strict=True)
+    scores = [row["scores"][metric] for row in rows]
     axes.errorbar(
-        places, values, yerr=[error or 0.0 for error in errors],
+        places, [score["value"] for score in scores], yerr=[score["se"] or 0.0 for score in scores],
         color=style.colour, marker=style.marker, linestyle=style.line_style, elinewidth=0.8,
         markersize=6 if style.is_reference else 4.5, linewidth=2.4 if style.is_reference else 1.2, **options,
     )  # fmt: skip
 
 
-def _score(row: JsonObject, metric: str) -> tuple[float, float | None]:
-    score = row["scores"][metric]
-    return score["value"], score["se"]
-
-
-def _draw_curves(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
+def _draw_curves(axes: Axes, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
     """A line over sizes for each method; a dense method is a point and a level."""
     from matplotlib.ticker import PercentFormatter
 
-    axes = figure.subplots()
     dense = {row["method"] for row in rows if math.isclose(row["kept"], 1.0) and row["keep"] < 1}
     for order, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = sorted((row for row in rows if row["method"] == name), key=lambda row: -float(row["kept"]))
         style = styles[name]
         if name in dense:
-            _draw_level(axes, _score(points[0], metric)[0], style, horizontal=True)
+            _draw_level(axes, points[0]["scores"][metric]["value"], style, horizontal=True)
             points = points[:1]
         zorder = 100 if style.is_reference else 3 + order / 100
         _draw_line(axes, [1 - row["kept"] for row in points], points, metric, style, zorder=zorder)
     axes.set_xlabel("share of the prunable parameters removed")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if metric.startswith("ppl "):
-        _set_log_scale(axes, [_score(row, metric)[0] for row in rows], vertical=True)
+        _set_log_scale(axes, [row["scores"][metric]["value"] for row in rows], vertical=True)
 
 
-def _draw_dots(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
+def _draw_dots(axes: Axes, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
     """A row with a point for each method; the dense model and the reference are levels, too."""
-    axes = figure.subplots()
     for position, row in enumerate(rows):
-        value, error = _score(row, metric)
-        style = styles[row["method"]]
+        value, error, style = row["scores"][metric]["value"], row["scores"][metric]["se"], styles[row["method"]]
         if row["method"] == DENSE or style.is_reference:
             _draw_level(axes, value, style, horizontal=False)
         axes.errorbar(
             value, position, xerr=error, fmt=style.marker, color=style.colour,
             markersize=7 if style.is_reference else 5.5, elinewidth=1.4,
         )  # fmt: skip
-    names = [name if len(name) <= 22 else f"{name[:21]}…" for name in (row["method"] for row in rows)]
+    names = [truncated(row["method"]) for row in rows]
     room = [name.rjust(round(1.7 * len(name)), "\u00a0") for name in names]  # text is larger on narrow pages
     axes.set_yticks(range(len(rows)), room, color=svg.INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=True, axis="both")
     if metric.startswith("ppl "):
-        _set_log_scale(axes, [_score(row, metric)[0] for row in rows], vertical=False)
+        _set_log_scale(axes, [row["scores"][metric]["value"] for row in rows], vertical=False)
 
 
 def _draw_level(axes: Axes, value: float, style: MethodStyle, *, horizontal: bool) -> None:

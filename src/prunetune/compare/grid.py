@@ -1,12 +1,9 @@
 """The grid of a comparison: its cells (one method at one budget, seed and learning rate), and their files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prunetune.compare.methods import Method, apply_overrides
 from prunetune.config.fields import with_current_names
@@ -66,14 +63,10 @@ def grid_from_config(config: RunConfig) -> Grid:
     """The grid that the recipe asks for; a list that `compare` leaves empty has the recipe's one value."""
     compare = config.compare
     return Grid(
-        _unique(compare.keeps) or (config.budget.keep,),
-        _unique(compare.seeds) or (config.seed,),
-        _unique(compare.learning_rates) or (config.train.learning_rate,),
+        tuple(dict.fromkeys(compare.keeps or (config.budget.keep,))),
+        tuple(dict.fromkeys(compare.seeds or (config.seed,))),
+        tuple(dict.fromkeys(compare.learning_rates or (config.train.learning_rate,))),
     )
-
-
-def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(values))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ While cells run, `models/` gets the weights of every row's first seed. At the en
 names the model: "progressive-keep0.6-seed0-lr0.001+q4_k_m" is a cell in a format.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The table of a comparison as Markdown text, kept as table.md; and the words and numbers that other views share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +20,13 @@ def render_markdown(comparison: Mapping[str, Any]) -> str:
         if rows := [row for row in comparison["rows"] if row["keep"] == keep]:
             sections += _budget_tables(comparison, keep, rows)
     if comparison["rates"]:
-        sections.append(_learning_rate_table(comparison["rates"]))
+        trials = [
+            (trial["method"], f"{trial['learning_rate']:g}", format_number(trial["valid_nll"]), chosen)
+            for trial in comparison["rates"]
+            for chosen in ["chosen" if trial["chosen"] else ""]
+        ]
+        title = "Learning rates, chosen on valid at the first seed and budget:"
+        sections.append(f"{title}\n\n" + markdown_table(["method", "lr", "nll on valid", ""], trials))
     if comparison["errors"]:
         failures = (f"{failure['cell']}: {failure['error']}" for failure in comparison["errors"])
         sections.append("Failed:\n\n" + "\n".join(f"- {markdown_text(failure)}" for failure in failures))
@@ -58,14 +62,12 @@ def _budget_tables(comparison: Mapping[str, Any], keep: float, rows: Sequence[Ma
 
 def _score_rows(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[list[str]]:
     """Each method's scores, each followed by its difference to the reference."""
-    return [
-        [row["method"]]
-        + [
-            " Δ ".join(filter(None, (format_number(score.get("value")), format_difference(score))))
-            for score in (row["scores"].get(metric, {}) for metric in metrics)
-        ]
-        for row in rows
-    ]
+    table = []
+    for row in rows:
+        scores = [row["scores"].get(metric, {}) for metric in metrics]
+        pairs = [(format_number(score.get("value")), format_difference(score)) for score in scores]
+        table.append([row["method"], *(" Δ ".join(filter(None, pair)) for pair in pairs)])
+    return table
 
 
 def timing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -77,14 +79,12 @@ def timing_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def format_times(row: Mapping[str, Any]) -> list[str]:
     """The cells of `TIMES`, empty where the row was not timed."""
     speed = row.get("speed") or {}
-    first = speed.get("first_token_s")
-    place = f"{speed['runtime']}, {speed['device']}" if "runtime" in speed else ABSENT
-    return [
-        token_ms(row),
-        ABSENT if first is None else f"{first * 1e3:.3g}",
-        format_megabytes(speed.get("peak_bytes")),
-        place,
-    ]
+    first, place = (
+        speed.get("first_token_s"),
+        f"{speed['runtime']}, {speed['device']}" if "runtime" in speed else ABSENT,
+    )
+    first_ms = ABSENT if first is None else f"{first * 1e3:.3g}"
+    return [token_ms(row), first_ms, format_megabytes(speed.get("peak_bytes")), place]
 
 
 def _row_cells(row: Mapping[str, Any], metrics: Sequence[str], *, timed: bool) -> list[str]:
@@ -198,15 +198,6 @@ def format_megabytes(value: float | None) -> str:
 def format_seconds(value: float | None) -> str:
     """Seconds, whole from ten on; "" for None and zero."""
     return ABSENT if not value else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _learning_rate_table(trials: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for trial in trials:
-        nll, chosen = format_number(trial["valid_nll"]), "chosen" if trial["chosen"] else ""
-        rows.append([trial["method"], f"{trial['learning_rate']:g}", nll, chosen])
-    title = "Learning rates, chosen on valid at the first seed and budget:"
-    return f"{title}\n\n" + markdown_table(["method", "lr", "nll on valid", ""], rows)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

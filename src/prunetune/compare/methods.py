@@ -1,7 +1,5 @@
 """The methods that a comparison compares: built-in ones by name, and variants of the recipe from a YAML file."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The page of a comparison: one self-contained HTML file, made from the files of the comparison's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +47,13 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
     ]
     if sentences := markdown.verdict_sentences(comparison):
         metric_charts[:0] = charts.draw_cost_charts(rows, styles)
+    environment_facts = {
+        "Model": manifest.model.name,
+        "Device": manifest.device,
+        "Arithmetic": manifest.dtype,
+        **manifest.versions,
+        "Rows": ", ".join(f"{split} {count}" for split, count in manifest.data.counts.items()),
+    }
     page = environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
@@ -66,10 +71,14 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         cost_rows=cost_rows(rows),
         times=markdown.TIMES if any(row.get("speed") for row in rows) else (),
         timing_notes=dict.fromkeys(markdown.timing_notes(rows)),
-        rates=[_rate_row(trial) for trial in comparison["rates"]],
+        rates=[
+            (rate["method"], f"{rate['learning_rate']:g}", formatting.decimal(rate["valid_nll"]), chosen)
+            for rate in comparison["rates"]
+            for chosen in ["chosen" if rate["chosen"] else "–"]
+        ],
         any_concurrent=any(row["crowded"] for row in rows),
         command=manifest.command or "",
-        environment=_environment_rows(manifest),
+        environment=[(name, value) for name, value in environment_facts.items() if value],
         recipe=recipe,
     )
     return printable(page)
@@ -115,19 +124,3 @@ def cost_rows(rows: Sequence[JsonObject]) -> list[JsonObject]:
     """The rows of each method and size that has scores, once."""
     unique = {(row["method"], row["kept"]): row for row in reversed(rows) if row["cost_seconds"] is not None}
     return list(reversed(unique.values()))
-
-
-def _rate_row(trial: JsonObject) -> tuple[str, str, str, str]:
-    chosen = "chosen" if trial["chosen"] else "–"
-    return trial["method"], f"{trial['learning_rate']:g}", formatting.decimal(trial["valid_nll"]), chosen
-
-
-def _environment_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    facts = {
-        "Model": manifest.model.name,
-        "Device": manifest.device,
-        "Arithmetic": manifest.dtype,
-        **manifest.versions,
-        "Rows": ", ".join(f"{split} {count}" for split, count in manifest.data.counts.items()),
-    }
-    return [(name, value) for name, value in facts.items() if value]

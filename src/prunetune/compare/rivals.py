@@ -1,7 +1,5 @@
 """Rivals of a comparison: other, smaller models that are tuned on the same data, and never pruned."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -56,16 +54,15 @@ def in_tokens_of(cell: JsonObject, reference: JsonObject) -> JsonObject:
             for name in own
             if name in counts or not counts
         )
-        found = {metric: _score(*parts) for metric, parts in scores.items()}
+        found = {
+            metric: Score(math.nan if value is None else value, math.nan if se is None else se, n)
+            for metric, (value, se, n) in scores.items()
+        }
         with_loss = [item for item in items if "nll" in item.scores]
         found |= {metric: aggregate_items(with_loss, metric) for metric in OF_TOKENS if metric in found}
         tasks[task] = TaskResult(task, found, items, general=task in cell.get("general", ()))
     formats = {name: in_tokens_of(stored, reference) for name, stored in cell.get("formats", {}).items()}
     return {**cell, **scores_from_evaluation(Evaluation(tasks)), "formats": formats}
-
-
-def _score(value: float | None, se: float | None, n: int) -> Score:
-    return Score(math.nan if value is None else value, math.nan if se is None else se, n)
 
 
 def _per_token(scores: dict[str, float], tokens: float) -> dict[str, float]:

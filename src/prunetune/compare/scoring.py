@@ -1,7 +1,5 @@
 """A model's scores on the split, and on valid where a learning rate is chosen by it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +10,7 @@ from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.results import Evaluation, Item
 from prunetune.evaluation.score_records import ProgressCallback, evaluate
 from prunetune.pipeline.prepare import RunContext
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, finite_or_none
 
 ITEM_SCORES = ("accuracy", "nll", "rouge_l", "tokens")  # what paired differences are computed from
 ITEM_DIGITS = 5  # decimals of an item's score: a task's mean moves by less than 1e-5
@@ -85,9 +83,4 @@ def validation_nll(evaluation: Evaluation) -> float | None:
     texts = [result.scores["perplexity"].value for result in results if "perplexity" in result.scores]
     if math.isnan(value) and texts and all(text > 0 for text in texts):
         value = math.fsum(math.log(text) for text in texts) / len(texts)
-    return finite_or_none(value)
-
-
-def finite_or_none(value: float) -> float | None:
-    """None for nan and infinities, which JSON does not know."""
     return value if math.isfinite(value) else None

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from prunetune.compare.methods import DENSE, REFERENCE
-from prunetune.compare.scoring import finite_or_none
 from prunetune.config.recipe import RunConfig
-from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.results import Item, TaskResult
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, aggregate_items, paired_difference
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, finite_or_none
 
 # A column is a metric, which is a mean over the domain's tasks, or a metric and a task: "acc", "acc casehold".
 SCORE_NAMES = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l", "ppl": "perplexity"}
@@ -62,12 +61,17 @@ class SeedGroup:
 
     def _task_result(self, task: str, metric: str) -> TaskResult:
         items_by_seed = [item_scores(cell["items"].get(task, {})) for cell in self.cells]
-        common = [name for name in items_by_seed[0] if all(name in items for items in items_by_seed)]
-        items = tuple(
-            Item(name, "", "", "", None, _mean_scores([items[name] for items in items_by_seed])) for name in common
-        )
+        items: list[Item] = []
+        for id in items_by_seed[0]:
+            if all(id in by_id for by_id in items_by_seed):
+                by_seed = [
+                    by_id[id] for by_id in items_by_seed
+                ]  # the scores that all seeds have; nan if one of them is
+                shared = [name for name in by_seed[0] if all(name in scores for scores in by_seed)]
+                means = {name: mean([scores[name] for scores in by_seed]) for name in shared}
+                items.append(Item(id, "", "", "", None, means))
         scored = [item for item in items if PER_ITEM_METRIC.get(metric, metric) in item.scores]
-        return TaskResult(task, {metric: aggregate_items(scored, metric)}, items)
+        return TaskResult(task, {metric: aggregate_items(scored, metric)}, tuple(items))
 
 
 def item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
@@ -84,15 +88,6 @@ def item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
                 if value is not None:
                     scores[name][metric] = float(value)
     return scores
-
-
-def _mean_scores(scores_by_seed: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean over seeds of every score that all seeds have; nan if one of them is."""
-    return {
-        name: mean([scores[name] for scores in scores_by_seed])
-        for name in scores_by_seed[0]
-        if all(name in scores for scores in scores_by_seed)
-    }
 
 
 def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], config: RunConfig) -> JsonObject:
@@ -113,6 +108,9 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
     # That others are compared with: `progressive`, or the first variant of it if that did not run.
     reference = REFERENCE if REFERENCE in own or not own else own[0]
     rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
+    # The days on which the cells ran, and the commits and versions that ran them; cells of 0.1.0 name the version.
+    made = [{"version": cell.get("versions", {}).get("prunetune")} | cell.get("made", {}) for cell in cells]
+    made_by = {f"{key}s": sorted({own[key] for own in made if own.get(key)}) for key in ("date", "commit", "version")}
     return {
         "format": FORMAT,
         "model": config.model,
@@ -121,7 +119,7 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
         "within": config.compare.within,
         "keeps": keeps,
         **_columns(cells, rows),
-        "made": _made(cells),
+        "made": made_by,
         "rows": rows,
         "rates": trials,
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
@@ -140,12 +138,6 @@ def _columns(cells: Sequence[JsonObject], rows: Sequence[JsonObject]) -> JsonObj
         "tasks": [name for name in named if name not in means and not name.startswith("nll ")],
         "floors": {task: floors for cell in scored for task, floors in cell.get("floors", {}).items()},
     }
-
-
-def _made(cells: Sequence[JsonObject]) -> JsonObject:
-    """The days on which the cells ran, and the commits and versions that ran them; cells of 0.1.0 name the version."""
-    made = [{"version": cell.get("versions", {}).get("prunetune")} | cell.get("made", {}) for cell in cells]
-    return {f"{key}s": sorted({part[key] for part in made if part.get(key)}) for key in ("date", "commit", "version")}
 
 
 def _as_stored(cell: JsonObject) -> list[JsonObject]:
@@ -171,28 +163,24 @@ def as_good_as_dense(comparison: JsonObject) -> list[JsonObject]:
     dense = next((row for row in comparison["rows"] if row["method"] == DENSE and row["scores"].get("nll")), None)
     if dense is None:
         return []
-    loss, candidates = dense["scores"]["nll"]["value"], []
+    most, good = dense["scores"]["nll"]["value"] * (1 + comparison["within"]), []
     for row in comparison["rows"]:
         score = row["scores"].get("nll", {})
         if row.get("bytes") and score.get("value") is not None:
             error = score.get("dense_se") or 0.0
-            if score["value"] - error <= loss * (1 + comparison["within"]):
-                candidates.append(row)
-    return candidates
+            good += [row] if score["value"] - error <= most else []
+    return good
 
 
 def _learning_rate_trials(cells: Sequence[JsonObject], learning_rates: Mapping[str, float]) -> list[JsonObject]:
     """The learning rates of every method that had several, each with its NLL on valid."""
     rows = []
-    for method, chosen_rate in learning_rates.items():
+    for method, chosen in learning_rates.items():
         of_method = [cell for cell in cells if cell["method"] == method]
-        first = [(cell["keep"], cell["seed"]) for cell in of_method][:1]
-        trials = [cell for cell in of_method if (cell["keep"], cell["seed"]) in first]
-        if len(trials) > 1:
-            for cell in trials:
-                rate, nll = cell["learning_rate"], cell.get("valid_nll")
-                chosen = rate == chosen_rate
-                rows.append({"method": method, "learning_rate": rate, "valid_nll": nll, "chosen": chosen})
+        trials = [cell for cell in of_method if all(cell[key] == of_method[0][key] for key in ("keep", "seed"))]
+        for cell in trials if len(trials) > 1 else ():
+            rate, nll = cell["learning_rate"], cell.get("valid_nll")
+            rows.append({"method": method, "learning_rate": rate, "valid_nll": nll, "chosen": rate == chosen})
     return rows
 
 
@@ -245,37 +233,30 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
     ]
     for metric in dict.fromkeys([*first["headline"], *of_tasks]):
         if values := group.values(metric):
+            tasks = [score for result in group.task_results(metric).values() for score in result.scores.values()]
             scores[metric] = {
                 "value": finite_or_none(mean(values)),
                 "sd": finite_or_none(float(np.std(values, ddof=1))) if len(values) > 1 else None,
-                "se": finite_or_none(standard_error(group.task_results(metric).values())),
+                # Of the mean over tasks, all with equal weight.
+                "se": finite_or_none(math.hypot(*(score.se for score in tasks)) / len(tasks)) if tasks else None,
                 **(mean_difference(group, reference, metric) if reference and method != reference_name else {}),
             }
             if metric == "nll" and dense and method != DENSE:
                 scores[metric]["dense_se"] = mean_difference(group, dense, metric).get("difference_se")
+    pair = _pair_by_seed(group, dense)  # dense tuned, over common seeds
+    nll, accuracy = ([mean(own.values(name)) for own in pair or (SeedGroup(()),) * 2] for name in ("nll", "acc"))
     return {
         "cell": first["cell"],
         "kept": mean([cell["kept"] for cell in group.cells]),
         "bytes": finite_or_none(mean([cell["bytes"] for cell in group.cells if "bytes" in cell])),
         "scores": scores,
-        "gap": _relative_to_dense(group, dense, "nll", ratio=False),
-        "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
+        "gap": finite_or_none(nll[0] - nll[1]),
+        "acc_of_dense": finite_or_none(accuracy[0] / accuracy[1]) if accuracy[1] else None,
         "help": first.get("help"),
         **{key: finite_or_none(mean(group.costs(key))) for key in COST_KEYS},
         "cost_seconds": sum(mean(group.costs(key)) for key in ("train_seconds", "teacher_seconds")),
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
-
-
-def _relative_to_dense(group: SeedGroup, dense: SeedGroup | None, metric: str, *, ratio: bool) -> float | None:
-    """The group's mean minus the dense tuned model's over common seeds, or their ratio."""
-    pair = _pair_by_seed(group, dense)
-    if pair is None:
-        return None
-    ours, theirs = (mean(paired.values(metric)) for paired in pair)
-    if ratio:
-        return finite_or_none(ours / theirs) if theirs else None
-    return finite_or_none(ours - theirs)
 
 
 def _pair_by_seed(group: SeedGroup, other: SeedGroup | None) -> tuple[SeedGroup, SeedGroup] | None:
@@ -314,12 +295,6 @@ def mean_difference(group: SeedGroup, other: SeedGroup | None, metric: str) -> d
         "difference_se": finite_or_none(error),
         "difference_seed_se": finite_or_none(seed_error),
     }
-
-
-def standard_error(tasks: Iterable[TaskResult]) -> float:
-    """The standard error of the mean over tasks, all with equal weight; nan without a task."""
-    scores: list[Score] = [score for task in tasks for score in task.scores.values()]
-    return math.hypot(*(score.se for score in scores)) / len(scores) if scores else math.nan
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,7 +1,5 @@
 """A comparison as `prunetune compare` prints it: the verdict, and a table for each budget that fits 80 columns."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +20,7 @@ def render_comparison(folder: Path, width: int | None = None) -> str:
     is_timed = any(row.get("speed") for row in comparison["rows"])
     for keep in comparison["keeps"]:
         rows = [row for row in comparison["rows"] if row["keep"] == keep and row["seeds"]]
-        headings = (
-            "method",
-            ">kept",
-            ">MB",
-            ">NLL",
-            ">over dense",
-            ">accuracy",
-            *([">ms a token"] if is_timed else []),
-        )
+        headings = ["method", ">kept", ">MB", ">NLL", ">over dense", ">accuracy", *[">ms a token"] * is_timed]
         lines = table_lines(headings, [_cells(row) for row in rows], width=width)
         sections.append("\n".join([f"keep {keep:g}, {comparison['split']} split", *lines]))
     sections += [
@@ -48,12 +38,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     gap = markdown.format_signed(row["gap"]) if row["method"] != DENSE else ""
     if gap and nll.get("dense_se") is not None:
         gap += f" ± {formatting.decimal(nll['dense_se'])}"
-    return [
-        row["method"],
-        formatting.share(row["kept"], 1),
-        markdown.format_megabytes(row.get("bytes")),
-        markdown.format_number(nll.get("value")),
-        gap,
-        markdown.format_number(accuracy.get("value")),
-        markdown.token_ms(row),
-    ]
+    kept, size = formatting.share(row["kept"], 1), markdown.format_megabytes(row.get("bytes"))
+    loss, share = (markdown.format_number(score.get("value")) for score in (nll, accuracy))
+    return [row["method"], kept, size, loss, gap, share, markdown.token_ms(row)]

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -59,7 +59,7 @@ def read_demo(split: str, weight: float = 1.0) -> list[Record]:
 @lru_cache(maxsize=1)
 def _unambiguous_terms(path: Path) -> tuple[InclusionTerm, ...]:
     # Cached: a run reads four splits of one file, which takes half a second to parse.
-    return tuple(drop_ambiguous(read_terms(path))[0])
+    return drop_ambiguous(read_terms(path))
 
 
 def tabular_list() -> Path:
@@ -84,15 +84,12 @@ def read_terms(path: Path) -> Iterator[InclusionTerm]:
                 yield InclusionTerm(" ".join((note.text or "").split()), number, code)
 
 
-def drop_ambiguous(terms: Iterator[InclusionTerm]) -> tuple[list[InclusionTerm], int, int]:
-    """(terms of one chapter, each once; number of terms dropped for two chapters; number dropped as repeats)."""
+def drop_ambiguous(terms: Iterable[InclusionTerm]) -> tuple[InclusionTerm, ...]:
+    """The terms of one chapter, each once: the first of those that differ in case only."""
     by_text: dict[str, list[InclusionTerm]] = defaultdict(list)
     for term in terms:
         by_text[term.text.casefold()].append(term)
-    kept = [same[0] for same in by_text.values() if len({term.chapter for term in same}) == 1]
-    all_terms = sum(map(len, by_text.values()))
-    dropped = sum(len(same) for same in by_text.values() if len({term.chapter for term in same}) > 1)
-    return kept, dropped, all_terms - dropped - len(kept)
+    return tuple(same[0] for same in by_text.values() if len({term.chapter for term in same}) == 1)
 
 
 def split_of_category(category: str) -> str:

@@ -18,6 +18,7 @@ from prunetune.data.records import Record, record_from_row, unusable_rows
 from prunetune.data.shapes import ShapedRow, shape_row
 from prunetune.data.templates import ColumnMapping
 from prunetune.errors import DataError, MissingPackage
+from prunetune.utils.failures import typed_line
 from prunetune.utils.files import expand_path
 from prunetune.utils.hub_access import hub_failure
 from prunetune.utils.redaction import SHOW_ALL, Redaction
@@ -264,10 +265,10 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
             loaded = datasets.load_dataset(name, *([config] if config else []), split=loaded_split, **at_revision)
             rows = iter(loaded)
         except ValueError as unknown_split:
-            failure = failure or _one_line(unknown_split)
+            failure = failure or typed_line(unknown_split)
             continue
         except Exception as broken:  # the hub, the network or a parser: the user must see which name failed
-            failure = _one_line(broken)
+            failure = typed_line(broken)
         break
     if rows is None:
         parts = (name, config and f"config {config}", f"split {' or '.join(splits)}", offline)
@@ -284,7 +285,7 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
         except StopIteration:
             break
         except Exception as broken:  # the hub, the network or a parser: a part of a data set is another data set
-            reason = _one_line(broken)
+            reason = typed_line(broken)
             raise DataError(
                 f"{where}: reading failed after {number} rows: {reason}; run it again, or resume the run", quoted=reason
             ) from broken
@@ -293,7 +294,3 @@ def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
         yield SourceRow(without_nulls(row), id, id, task, source.weight, written=source.path)
     if not number:
         raise DataError(f"{where}: empty; a data set needs at least one row")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

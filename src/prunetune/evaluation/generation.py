@@ -16,26 +16,6 @@ from prunetune.evaluation.scoring_mode import (
 )
 
 
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    chats: Sequence[bool],
-    pad_id: int,
-    max_new_tokens: int,
-    max_tokens: int,
-    tick: OnItemsDone,
-) -> list[str]:
-    """Generate the greedy answer to each prompt, in the order given, without special tokens; white space is kept."""
-    answers = generate_ids(
-        model, tokenizer, prompts,
-        chats=chats, pad_id=pad_id, max_new_tokens=max_new_tokens, max_tokens=max_tokens, tick=tick,
-    )  # fmt: skip
-    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True) if answers else []
-    return texts
-
-
 def generate_ids(
     model: Any,
     tokenizer: Any,

@@ -1,7 +1,5 @@
 """What a model keeps of a reference's quality, and its own, each score with the benefit of one standard error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from prunetune.errors import HIDDEN, DataError
 from prunetune.evaluation.item_subset import make_ids_unique
+from prunetune.utils.json_lines import finite_or_none
 from prunetune.utils.redaction import Redaction
 from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
@@ -123,17 +124,17 @@ class Evaluation:
         for name, result in self.tasks.items():
             scores = result.scores.items()
             tasks[name] = {
-                "scores": {key: {"value": _finite(it.value), "se": _finite(it.se), "n": it.n} for key, it in scores},
+                "scores": {key: dataclasses.asdict(it) for key, it in scores},
                 "items": [
                     {key: value for key, value in dataclasses.asdict(item).items() if key != "line"}
                     | {"prompt": item.prompt[:MAX_PROMPT_CHARS]}
-                    | {"scores": {key: _finite(value) for key, value in item.scores.items()}}
                     for item in result.items
                 ],
             }
             tasks[name] |= {"error": result.error} if result.error else {}
             tasks[name] |= {"general": True} if result.general else {}
-        return json.dumps({"format": FORMAT, "tasks": tasks}, ensure_ascii=False, allow_nan=False) + "\n"
+        values = finite_or_none({"format": FORMAT, "tasks": tasks})
+        return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
@@ -154,6 +155,12 @@ def is_hidden(text: str) -> bool:
     return re.fullmatch(rf"{re.escape(HIDDEN)}( answer \d+)?", text) is not None
 
 
+def common_items(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
+    """The items of the same id in both results."""
+    others = {item.id: item for item in theirs.items}
+    return [(item, others[item.id]) for item in mine.items if item.id in others]
+
+
 def headline_metric(result: TaskResult) -> str:
     """The metric that stands for a task: one of `HEADLINE_METRICS`, else its first; "" where it has none."""
     return next((metric for metric in (*HEADLINE_METRICS, *result.scores) if metric in result.scores), "")
@@ -170,34 +177,25 @@ def recovery(pruned: Score, dense: Score, metric: str) -> float:
     return above / below if below else math.nan
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
 def _result(task: str, data: Mapping[str, Any]) -> TaskResult:
-    return TaskResult(
-        task,
-        {
-            metric: Score(_number(score["value"]), _number(score["se"]), int(score["n"]))
-            for metric, score in data["scores"].items()
-        },
-        tuple(_item(item) for item in data["items"]),
-        str(data.get("error", "")),
-        bool(data.get("general")),
+    scores = {
+        metric: Score(_number(score["value"]), _number(score["se"]), int(score["n"]))
+        for metric, score in data["scores"].items()
+    }
+    items = tuple(
+        Item(
+            str(item["id"]),
+            str(item["prompt"]),
+            str(item["expected"]),
+            str(item["got"]),
+            item["correct"],
+            {metric: _number(value) for metric, value in item["scores"].items()},
+            line=str(item["id"]) if is_hidden(str(item["prompt"])) else "",
+        )
+        for item in data["items"]
     )
-
-
-def _item(data: Mapping[str, Any]) -> Item:
-    return Item(
-        id=str(data["id"]),
-        prompt=str(data["prompt"]),
-        expected=str(data["expected"]),
-        got=str(data["got"]),
-        correct=data["correct"],
-        scores={metric: _number(value) for metric, value in data["scores"].items()},
-        line=str(data["id"]) if is_hidden(str(data["prompt"])) else "",
-    )
+    return TaskResult(task, scores, items, str(data.get("error", "")), bool(data.get("general")))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +132,9 @@ def _label_f1(items: Sequence[Item]) -> Statistic:
 def _mean_f1(expected: Sequence[str], got: Sequence[str]) -> Statistic:
     """Mean F1 over the labels that were expected or chosen in a resample."""
     labels = sorted({*expected, *got})
-    is_expected, is_got = _one_hot(expected, labels), _one_hot(got, labels)
+    is_expected, is_got = (  # 1 where an item has a label, [items, labels]
+        np.array([[float(value == label) for label in labels] for value in values]) for values in (expected, got)
+    )
 
     def statistic(weights: Array) -> Array:
         hits = weights @ (is_expected * is_got)
@@ -144,11 +146,6 @@ def _mean_f1(expected: Sequence[str], got: Sequence[str]) -> Statistic:
     return statistic
 
 
-def _one_hot(values: Sequence[str], labels: Sequence[str]) -> Array:
-    """1 where an item has a label, [items, labels]."""
-    return np.array([[float(value == label) for label in labels] for value in values])
-
-
 # -- BLEU and chrF (sacrebleu): no means over items --------------------------------------------------------------------
 
 
@@ -156,16 +153,10 @@ def _sacrebleu(name: str, **options: Any) -> Any:
     return getattr(import_optional("sacrebleu.metrics", extra="eval", use=f"scorer {name.lower()}"), name)(**options)
 
 
-def sentence_bleu(expected: Sequence[str], got: Sequence[str]) -> list[float]:
-    """BLEU of each pair, 0..100, with effective n-gram order: a text of two words counts no trigrams."""
-    bleu = _sacrebleu("BLEU", effective_order=True)
-    return [float(bleu.sentence_score(text, [wanted]).score) for wanted, text in zip(expected, got, strict=True)]
-
-
-def sentence_chrf(expected: Sequence[str], got: Sequence[str]) -> list[float]:
-    """chrF2 of each pair, 0..100."""
-    chrf = _sacrebleu("CHRF")
-    return [float(chrf.sentence_score(text, [wanted]).score) for wanted, text in zip(expected, got, strict=True)]
+def sentence_scores(name: Literal["BLEU", "CHRF"], pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """BLEU or chrF2 of each (expected, got), 0..100; BLEU with effective n-gram order: two words count no trigrams."""
+    metric = _sacrebleu(name, **({"effective_order": True} if name == "BLEU" else {}))
+    return [float(metric.sentence_score(got, [expected]).score) for expected, got in pairs]
 
 
 def _corpus_statistic(name: str) -> Callable[[Sequence[Item]], Statistic]:

@@ -1,7 +1,5 @@
 """The page of a check (`prunetune check --html`): limits, scores beside the reference's, and what newly fails."""
 
-from __future__ import annotations
-
 import math
 
 from prunetune.evaluation.results import Score, is_hidden
@@ -19,27 +17,12 @@ def render_check_page(check: CheckResult, model: str, suite: str) -> str:
         for task, metrics in check.scores.items()
         for metric, (value, reference) in metrics.items()
     ]
-    page = (
-        template_environment()
-        .get_template("check.html.j2")
-        .render(
-            check=check,
-            model=model,
-            suite=suite,
-            verdict=_verdict(check),
-            scores=scores,
-            shown=[failure for failure in check.failures if not is_hidden(failure.prompt)][:LISTED],
-        )
+    count, errors = len(check.verdicts), len(check.errors)
+    holds = f"All {count} limits hold" if count > 1 else "The limit holds" if count else "No limit"
+    verdict = f"{len(check.broken)} of {count} limits broken" if check.broken else holds
+    verdict += f"; {errors} task{'s' * (errors != 1)} could not be judged" if errors else ""
+    shown = [failure for failure in check.failures if not is_hidden(failure.prompt)][:LISTED]
+    template = template_environment().get_template("check.html.j2")
+    return printable(
+        template.render(check=check, model=model, suite=suite, verdict=verdict, scores=scores, shown=shown)
     )
-    return printable(page)
-
-
-def _verdict(check: CheckResult) -> str:
-    """The outcome in a sentence."""
-    count = len(check.verdicts)
-    unjudged = f"{len(check.errors)} task{'s' * (len(check.errors) != 1)} could not be judged" if check.errors else ""
-    if check.broken:
-        words = f"{len(check.broken)} of {count} limits broken"
-    else:
-        words = f"{f'All {count} limits hold' if count > 1 else 'The limit holds' if count else 'No limit'}"
-    return "; ".join(filter(None, (words, unjudged)))

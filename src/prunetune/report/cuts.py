@@ -1,17 +1,14 @@
 """What was removed at which step: one row for every real cut of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunetune.plan import Plan
-from prunetune.report.kept_layers import parse_site_layer
+from prunetune.report.kept_layers import parse_site
 from prunetune.report.run_folder import RunFiles, get_mapping, get_number
 from prunetune.utils.json_lines import JsonObject, is_cut
 
 NEIGHBOURS = 5  # steps whose mean stands for the loss before a cut and at the end of its stage
-UNIT_NAMES = {True: "KV groups", False: "MLP channels"}
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,10 @@ def cut_rows(run: RunFiles) -> list[CutRow]:
 
 def _removed_by_kind(plan: Plan, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, int]:
     removed: dict[str, int] = {}
-    for site in plan.units:
-        kind = site.partition(":")[2].replace("-", " ")
-        if not kind and (parsed := parse_site_layer(site)) is not None:
-            kind = UNIT_NAMES[parsed[1]]
-        if kind and site in after:
+    for site in (name for name in plan.units if name in after):
+        kind = site.partition(":")[2] or (parse_site(site) or (0, ""))[1]
+        if kind:
+            kind = kind.replace("-", " ")
             removed[kind] = removed.get(kind, 0) + int(before[site] - after[site])
     return removed
 

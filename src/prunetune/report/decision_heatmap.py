@@ -14,17 +14,16 @@ from markupsafe import Markup
 from prunetune.plan import Plan
 from prunetune.report import svg
 from prunetune.report.figures import WIDTH, draw_cells
-from prunetune.report.kept_layers import parse_site_layer
+from prunetune.report.kept_layers import CHANNELS, GROUPS, parse_site
 from prunetune.report.run_folder import RunFiles, get_number
 from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+    from matplotlib.axes import Axes
 
 SHADES = 10
 MAX_COLUMNS = 40
-KINDS = {True: "KV groups", False: "MLP channels"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def heatmap_figures(run: RunFiles) -> list[ReportFigure]:
     what = "a step of the search, the last one the plan" if searched else "the model after a cut, the first one dense"
     note = f"Each column is {what}. Full colour: the whole layer is kept."
     figures = []
-    for is_attention, kind in KINDS.items():
-        columns = heatmap_columns(run.metrics, run.plan, is_attention=is_attention)
+    for kind in (GROUPS, CHANNELS):
+        columns = heatmap_columns(run.metrics, run.plan, kind)
         if len(columns) > 1 and columns[-1].shares:
             ends = [sum(column.shares.values()) / max(1, len(column.shares)) for column in (columns[0], columns[-1])]
             means = f"mean share {ends[0]:.0%} at step {columns[0].step}, {ends[1]:.0%} in the plan"
@@ -54,13 +53,9 @@ def heatmap_figures(run: RunFiles) -> list[ReportFigure]:
     return figures
 
 
-def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, *, is_attention: bool) -> list[HeatmapColumn]:
+def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, kind: str) -> list[HeatmapColumn]:
     """The dense model, at most `MAX_COLUMNS` of the steps whose widths are logged, and the plan if it came later."""
-    layers = {}
-    for site in plan.units:
-        parsed = None if ":" in site else parse_site_layer(site)  # with a colon: units of another kind
-        if parsed is not None and parsed[1] == is_attention:
-            layers[site] = parsed[0]
+    layers = {site: parsed[0] for site in plan.units if (parsed := parse_site(site)) and parsed[1] == kind}
     columns = []
     for line in metrics:
         step, widths = get_number(line, "step"), line.get("widths")
@@ -81,8 +76,7 @@ def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, *, is_attention: 
 def _draw_heatmap(name: str, label: str, columns: Sequence[HeatmapColumn]) -> Markup:
     layers = sorted({layer for column in columns for layer in column.shares})
 
-    def draw(drawing: Drawing) -> None:
-        axes = drawing.subplots()
+    def draw(axes: Axes) -> None:
         cells_by_shade: dict[int, list[tuple[int, int]]] = {}
         for x, column in enumerate(columns):
             for layer, share in column.shares.items():

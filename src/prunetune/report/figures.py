@@ -1,4 +1,4 @@
-"""The figures of the report, drawn with matplotlib: scores, recovery, kept units, training curves.
+"""The figures of the report, drawn with matplotlib: scores, recovery, kept units.
 
 Sizes are in inches; all figures have one width, so that type has one size.
 """
@@ -8,65 +8,34 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from prunetune.plan import Plan
 from prunetune.report import svg
 from prunetune.report.formatting import truncated
-from prunetune.report.kept_layers import KeptLayer, LayerKeptUnits, count_kept, layers_from_plan, other_units_by_layer
+from prunetune.report.kept_layers import LayerKeptUnits, count_kept, kept_by_kind
 from prunetune.report.scores import TaskMetricRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
 WIDTH = 5.0
-MAX_POINTS = 300
 MAX_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
-PHASE_COLOURS = {"prune": svg.SEARCH, "search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
-
-
-@dataclass(frozen=True)
-class TrainingCurve:
-    """A quantity over steps."""
-
-    points: tuple[tuple[float, float], ...]  # (step, value), ascending
-    colour: str
-    smoothed: bool = False  # draw a running mean over the raw line
-    markers: bool = False
-
-
-@dataclass(frozen=True)
-class PhaseSpan:
-    """The steps of one phase."""
-
-    phase: str
-    first: float
-    last: float
 
 
 def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
     """One metric over its tasks: a mark for each model, a bar of one standard error to either side."""
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         for position, row in enumerate(rows):
             for offset, (name, (colour, marker)) in zip((-0.22, 0.0, 0.22), MODEL_MARKS.items(), strict=True):
                 score = row.scores.get(name)
                 if score is not None and math.isfinite(score.value):
-                    axes.errorbar(
-                        score.value, position + offset, xerr=score.se if math.isfinite(score.se) else None,
-                        fmt=marker, color=colour, markersize=5.5, elinewidth=1.6,
-                    )  # fmt: skip
-        axes.set_yticks(range(len(rows)), [truncated(row.task) for row in rows], color=svg.INK)
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.grid(visible=True, axis="both")
-        axes.margins(x=0.06)
+                    draw_mark(axes, score.value, position + offset, xerr=score.se, fmt=marker, color=colour)
+        _task_axis(axes, [row.task for row in rows], 0.06)
         axes.set_xlabel(rows[0].label)
 
     return svg.render_svg(f"scores-{rows[0].metric}", label, WIDTH, 0.75 + 0.46 * len(rows), draw)
@@ -75,33 +44,37 @@ def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
 def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Markup:
     """Recovery by task from (task, share of the reference, its standard error); a dashed line at 100%."""
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         for position, (_, share, error) in enumerate(rows):
-            axes.errorbar(
-                share, position, xerr=error if math.isfinite(error) else None,
-                fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
-            )  # fmt: skip
+            draw_mark(axes, share, position, xerr=error)
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(rows)), [truncated(task) for task, _, _ in rows], color=svg.INK)
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.grid(visible=True, axis="both")
-        axes.margins(x=0.08)
-        _percent_axis(axes.xaxis)
+        _task_axis(axes, [task for task, _, _ in rows], 0.08)
+        percent_axis(axes.xaxis)
         axes.set_xlabel("of the reference's score")
 
     return svg.render_svg("recovery", label, WIDTH, 0.8 + 0.3 * len(rows), draw)
 
 
-def groups_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
+def draw_mark(axes: Axes, x: float, y: float, *, fmt: str = "D", color: str = svg.PRUNED, **error: float) -> None:
+    """A mark with a bar of its error `xerr` or `yerr`, if that is finite."""
+    finite: Any = {name: value for name, value in error.items() if math.isfinite(value)}
+    axes.errorbar(x, y, **finite, fmt=fmt, color=color, markersize=5.5, elinewidth=1.6)
+
+
+def _task_axis(axes: Axes, tasks: Sequence[str], margin: float) -> None:
+    axes.set_yticks(range(len(tasks)), [truncated(task) for task in tasks], color=svg.INK)
+    axes.set_ylim(len(tasks) - 0.45, -0.55)
+    axes.grid(visible=True, axis="both")
+    axes.margins(x=margin)
+
+
+def groups_figure(label: str, attention: Mapping[int, LayerKeptUnits], layers: Sequence[int]) -> Markup:
     """KV groups by layer: a cell for each, filled where it is kept; bars of the share where there are too many."""
-    attention = {layer.index: layer.attention for layer in layers if layer.attention}
     max_groups = max(groups.units for groups in attention.values())
     if max_groups > MAX_GROUPS:
         return unit_share_figure("groups", label, attention)
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         cells = {(index, unit) for index, groups in attention.items() for unit in range(groups.units)}
         kept = {(index, unit) for index, groups in attention.items() for unit in groups.kept}
         draw_cells(axes, sorted(kept), svg.PRUNED)
@@ -111,7 +84,7 @@ def groups_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
         axes.set_ylabel("KV group")
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        _layer_axis(axes, [layer.index for layer in layers])
+        _layer_axis(axes, layers)
 
     return svg.render_svg("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(max_groups, 12)), draw)
 
@@ -130,11 +103,8 @@ def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha:
 
 def unit_share_figure(name: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
     """Share of the units of one kind that is kept, by layer."""
-
-    def draw(figure: Figure) -> None:
-        _draw_shares(figure.subplots(), kept, svg.PRUNED, svg.REMOVED)
-
-    return svg.render_svg(name, label, WIDTH, 1.9, draw)
+    colours = svg.PRUNED, svg.REMOVED
+    return svg.render_svg(name, label, WIDTH, 1.9, lambda axes: _draw_shares(axes, kept, *colours))
 
 
 def _draw_shares(axes: Axes, kept: Mapping[int, LayerKeptUnits], kept_colour: str, removed_colour: str) -> None:
@@ -142,7 +112,7 @@ def _draw_shares(axes: Axes, kept: Mapping[int, LayerKeptUnits], kept_colour: st
     axes.bar(indices, [1.0] * len(indices), color=removed_colour, width=0.8)
     axes.bar(indices, [kept[index].share for index in indices], color=kept_colour, width=0.8)
     axes.set_ylim(0, 1)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.grid(visible=False)
     _layer_axis(axes, indices)
 
@@ -155,17 +125,13 @@ def kept_units_png(plan: Plan) -> bytes:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    layers = layers_from_plan(plan)
-    charts = {"KV groups": {layer.index: layer.attention for layer in layers if layer.attention}}
-    charts |= {"MLP channels": {layer.index: layer.mlp for layer in layers if layer.mlp}, **other_units_by_layer(plan)}
-    charts = {kind: by_layer for kind, by_layer in charts.items() if by_layer}
+    charts = {kind: by_layer for kind, by_layer in kept_by_kind(plan).items() if by_layer}
     buffer = io.BytesIO()
     if charts:
         with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
             figure = Figure(figsize=(7, 1.9 * len(charts)), layout="constrained")
-            for axes, (kind, by_layer) in zip(
-                figure.subplots(len(charts), squeeze=False)[:, 0], charts.items(), strict=True
-            ):
+            all_axes = figure.subplots(len(charts), squeeze=False)[:, 0]
+            for axes, (kind, by_layer) in zip(all_axes, charts.items(), strict=True):
                 _draw_shares(axes, by_layer, "#c14a00", "#e4e8eb")
                 kept, units = count_kept(by_layer.values())
                 axes.set_title(f"{kind.replace('-', ' ')} kept: {kept:,} of {units:,}", fontsize=10, loc="left")
@@ -180,64 +146,10 @@ def _layer_axis(axes: Axes, indices: Sequence[int]) -> None:
     axes.set_xlabel("layer")
 
 
-def _percent_axis(axis: Axis) -> None:
+def percent_axis(axis: Axis) -> None:
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def training_curve_figure(
-    name: str, label: str, curves: Sequence[TrainingCurve], spans: Sequence[PhaseSpan], *,
-    target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain", cuts: Sequence[float] = (),
-) -> Markup:  # fmt: skip
-    """Quantities over the steps of the run: phases shaded, a vertical line at each cut, a dashed one at the target."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for span in spans:
-            axes.axvspan(span.first, span.last, color=PHASE_COLOURS.get(span.phase, svg.GRID), linewidth=0)
-        for step in cuts:
-            axes.axvline(step, color=svg.MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-        for curve in curves:
-            _plot_curve(axes, curve)
-        if target is not None:
-            axes.axhline(target, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        if kind == "share":
-            _percent_axis(axes.yaxis)
-        if kind == "rate":
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-        if kind != "plain":
-            axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.margins(x=0)
-
-    return svg.render_svg(name, label, WIDTH, 2.2, draw)
-
-
-def _plot_curve(axes: Axes, curve: TrainingCurve) -> None:
-    points = downsample(curve.points)
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    marker = "o" if curve.markers or len(points) == 1 else None
-    if not curve.smoothed or len(points) < 15:
-        axes.plot(steps, values, color=curve.colour, marker=marker, clip_on=marker is None)
-        return
-    axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.4)
-    axes.plot(steps, running_mean(values, len(values) // 15), color=curve.colour)
-
-
-def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points: means of equal runs of neighbours."""
-    size = max(1, math.ceil(len(points) / MAX_POINTS))
-    chunks = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        (sum(step for step, _ in chunk) / len(chunk), sum(value for _, value in chunk) / len(chunk)) for chunk in chunks
-    ]
-
-
-def running_mean(values: Sequence[float], neighbours: int) -> list[float]:
-    """Mean over so many neighbours to either side, fewer at the ends."""
-    windows = [values[max(0, centre - neighbours) : centre + neighbours + 1] for centre in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
 
 
 def legend_entries(names: Mapping[str, str]) -> list[tuple[str, str]]:

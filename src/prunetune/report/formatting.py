@@ -1,7 +1,5 @@
 """Numbers as text: counts, sizes, shares, durations. Each function returns "n/a" for None."""
 
-from __future__ import annotations
-
 import math
 
 NOT_KNOWN = "n/a"

@@ -1,9 +1,7 @@
 """The report of a run: one HTML file that needs nothing else, with every part that the run's files allow."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +69,7 @@ def template_environment(*folders: Path) -> jinja2.Environment:
     )  # fmt: skip
     environment.filters |= {
         "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
+        "short": formatting.short, "size": formatting.size, "milliseconds": formatting.milliseconds,
         "ranges": kept_layers.format_ranges,
     }  # fmt: skip
     return environment
@@ -83,7 +82,9 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
     tasks: dict[str, list[scores.TaskMetricRow]] = {}
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
-    layers = kept_layers.layers_from_plan(run.plan) if run.plan else ()
+    kept = kept_layers.kept_by_kind(run.plan) if run.plan else {}
+    attention, mlp = kept.get(kept_layers.GROUPS, {}), kept.get(kept_layers.CHANNELS, {})
+    layers = sorted({*attention, *mlp})
     cut_rows = cuts.cut_rows(run)
     marks = {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
     return {
@@ -97,21 +98,23 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "model_names": MODEL_NAMES,
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_model(evaluations), ""),
         "tasks": tasks,
-        "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
+        "score_figures": _score_figures(rows, with_recovery="tuned" in evaluations),
         "score_legend": figures.legend_entries(marks),
         "drift": _drift_rows(run),
         "drift_models": [name for name in MODELS if run.drift and name in run.drift.tasks],
         "drift_verdict": drift_verdict(run.drift) if run.drift else "",
         "layers": layers,
-        "groups": kept_layers.count_kept(layer.attention for layer in layers),
-        "channels": kept_layers.count_kept(layer.mlp for layer in layers),
-        "kept_figures": _kept_figures(run, layers),
+        "attention": attention,
+        "mlp": mlp,
+        "groups": kept_layers.count_kept(attention.values()),
+        "channels": kept_layers.count_kept(mlp.values()),
+        "kept_figures": _kept_figures(kept, layers),
         "kept_legend": figures.legend_entries({svg.PRUNED: "kept", svg.REMOVED: "removed"}),
         "cuts": cut_rows,
         "cut_kinds": list(dict.fromkeys(kind for cut in cut_rows for kind in cut.removed)),
         "cut_neighbours": cuts.NEIGHBOURS,
         "heatmaps": decision_heatmap.heatmap_figures(run),
-        "limits": [("", limit) for limit in verdicts.limit_verdicts(manifest)],
+        "limits": [("", limit) for limit in verdicts.all_limits(manifest)],
         "limit_events": verdicts.limit_events(manifest),
         "failed": manifest.failed,
         "misaligned_widths": verdicts.misaligned_widths(manifest),
@@ -144,25 +147,19 @@ def _drift_rows(run: RunFiles) -> dict[str, dict[str, dict[str, Score]]]:
     return {kind: row for kind, row in rows.items() if row["kl"]}
 
 
-def _recovery_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
-    """How much of the reference is left in each task, by the metric that stands for it."""
-    shares = [
-        (row.task, *row.recovery_with_se) for row in rows if row.is_headline and math.isfinite(row.recovery_with_se[0])
-    ]
-    if not shares:
-        return []
-    label = "Recovery by task; the table above has the numbers"
-    note = "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
-    return [ReportFigure("Recovery", figures.recovery_figure(label, shares), note=note)]
-
-
-def _score_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
-    """A figure for each headline metric."""
-    by_metric: dict[str, list[scores.TaskMetricRow]] = {}
-    for row in rows:
-        if row.is_headline:
-            by_metric.setdefault(row.metric, []).append(row)
-    drawn = []
+def _score_figures(rows: Sequence[scores.TaskMetricRow], *, with_recovery: bool) -> list[ReportFigure]:
+    """What is left of the reference's score in each task, by the metric that stands for it; then each such metric."""
+    drawn, by_metric = [], dict[str, list[scores.TaskMetricRow]]()
+    for row in (row for row in rows if row.is_headline):
+        by_metric.setdefault(row.metric, []).append(row)
+    kept = [(row.task, *row.recovery_with_se) for row in rows if row.is_headline]
+    kept = [share for share in kept if math.isfinite(share[1])]
+    if with_recovery and kept:
+        picture = figures.recovery_figure("Recovery by task; the table above has the numbers", kept)
+        note = (
+            "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
+        )
+        drawn.append(ReportFigure("Recovery", picture, note=note))
     for metric, metric_rows in by_metric.items():
         better = "Higher is better." if higher_is_better(metric) else "Lower is better."
         title = metric_rows[0].label[:1].upper() + metric_rows[0].label[1:]
@@ -172,23 +169,22 @@ def _score_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
     return drawn
 
 
-def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> list[ReportFigure]:
+def _kept_figures(
+    by_kind: Mapping[str, Mapping[int, kept_layers.LayerKeptUnits]], layers: Sequence[int]
+) -> list[ReportFigure]:
     """A figure for each kind of unit that the plan names."""
     drawn = []
-    if any(layer.attention for layer in layers):
-        kept, units = kept_layers.count_kept(layer.attention for layer in layers)
-        label = f"KV groups kept by layer: {kept} of {units}; the table below has the numbers"
-        picture = figures.groups_figure(label, layers)
-        drawn.append(ReportFigure("KV groups", picture, note=f"{kept:,} of {units:,} are kept."))
-    by_kind = {"MLP channels": {layer.index: layer.mlp for layer in layers if layer.mlp}}
-    by_kind |= kept_layers.other_units_by_layer(run.plan) if run.plan else {}
     for kind, by_layer in by_kind.items():
-        if by_layer:
-            (kept, units), name = kept_layers.count_kept(by_layer.values()), kind.replace("-", " ")
+        if not by_layer:
+            continue
+        (kept, units), name = kept_layers.count_kept(by_layer.values()), kind.replace("-", " ")
+        if kind == kept_layers.GROUPS:
+            label = f"{name} kept by layer: {kept} of {units}; the table below has the numbers"
+            picture = figures.groups_figure(label, by_layer, layers)
+        else:
             label = f"Share of {name} kept by layer: {kept} of {units}"
             picture = figures.unit_share_figure(kind.replace(" ", "-"), label, by_layer)
-            title = name[:1].upper() + name[1:]
-            drawn.append(ReportFigure(title, picture, note=f"{kept:,} of {units:,} are kept."))
+        drawn.append(ReportFigure(name[:1].upper() + name[1:], picture, note=f"{kept:,} of {units:,} are kept."))
     return drawn
 
 

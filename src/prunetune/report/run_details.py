@@ -1,11 +1,6 @@
 """Tables of a run's data, environment, timings and cost."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from prunetune.manifest import DataFacts, Manifest, QuantisedFacts
+from prunetune.manifest import DataFacts, Manifest
 from prunetune.report import formatting
 from prunetune.report.run_folder import RunFiles, get_number, lookup
 
@@ -36,6 +31,15 @@ def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
     manifest, memory = run.manifest, run.manifest.peak_memory_mb
     if memory is None:
         memory = max(_logged_numbers(run, "memory_mb"), default=None)
+    base = manifest.quantised  # the type in which it was tuned, and how far the written model is from the tuned one
+    differs = (
+        f"{base.scheme}; merged differs from it by {formatting.share(base.error, 2)} (root mean square of logits), "
+        f"{formatting.share(base.same)} of most likely tokens equal"
+    )
+    times = (manifest.started, manifest.ended)  # "2026-11-30T08:15:02+00:00"
+    started, ended = (f"{time[:16].replace('T', ' ')} UTC" if time else "" for time in times)
+    seeds = [f"{name} {seed}" for name, seed in manifest.seeds.items() if seed is not None]
+    recipe_seed = lookup(run.config, "seed")
     versions: dict[str, dict[str, None]] = {}  # of each package, in the order in which they worked on the run
     for environment in manifest.known_environments:
         for name, version in environment.versions.items():
@@ -43,41 +47,18 @@ def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
     rows = {
         "Model": run.model_name,
         "Result": ", ".join(filter(None, (manifest.pruned.class_name, manifest.pruned.layout))),
-        "Started": _as_date(manifest.started),
-        "Ended": _as_date(manifest.ended),
+        "Started": started,
+        "Ended": ended,
         "Host": manifest.host,
         "Device": manifest.device,
         "Arithmetic": manifest.dtype,
-        "Base": _describe_quantised(manifest.quantised),
-        "Seed": _as_text(manifest.seeds) or _as_text(lookup(run.config, "seed")),
+        "Base": "" if base.error is None or base.same is None else differs,
+        "Seed": ", ".join(seeds) or ("" if recipe_seed is None else str(recipe_seed)),
         "Budgets": "; ".join(f"{budget.budget} {budget.words}" for budget in manifest.budgets),
         "Peak memory": None if memory is None else f"{formatting.count(memory)} MB",
         **{name: ", then ".join(used) for name, used in versions.items()},
     }
     return [(name, value) for name, value in rows.items() if value]
-
-
-def _describe_quantised(quantised: QuantisedFacts) -> str:
-    """The type in which the base was tuned, and how far the written model is from the tuned one."""
-    if quantised.error is None or quantised.same is None:
-        return ""
-    return (
-        f"{quantised.scheme}; merged differs from it by {formatting.share(quantised.error, 2)} "
-        f"(root mean square of logits), {formatting.share(quantised.same)} of most likely tokens equal"
-    )
-
-
-def _as_date(time: str | None) -> str:
-    """ "2026-11-30T08:15:02+00:00" -> "2026-11-30 08:15 UTC"."""
-    return f"{time[:16].replace('T', ' ')} UTC" if time else ""
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
 
 
 def timing_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -1,7 +1,5 @@
 """The files of a run folder, read leniently: what is missing or broken is noted, and the rest is shown."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,20 +53,37 @@ def read_run(folder: Path) -> RunFiles:
             f"{folder} holds no readable config.yaml; name the run folder that `prunetune run` made"
         ) from unreadable
     missing: list[str] = []
-    config = _config(config_text, missing)
+    try:
+        config = get_mapping(with_current_names(RunConfig, parse_yaml(config_text), quiet=True))
+    except ValueError:
+        missing.append("config.yaml is not valid YAML: it is shown as it stands")
+        config = {}
+    plan = _parse_file(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown")
+    metrics = _read_log(folder / "metrics.jsonl", missing, "the training curves are not shown")
+    validation = _read_log(folder / "validation.jsonl", missing, "validation is not shown")
+    scores, evaluations = folder / "evaluation", dict[str, Evaluation]()
+    for name, model in {"dense": "untuned dense", "tuned": "dense tuned", "pruned": "pruned"}.items():
+        file = scores / f"{name}.json"
+        if name == "tuned" and lookup(config, "evaluate", "dense_tuned") is False and not file.exists():
+            continue  # was never to be there
+        evaluation = _parse_file(file, Evaluation.from_json, missing, f"no scores of the {model} model")
+        evaluations |= {name: evaluation} if evaluation else {}
+    consequence = "sizes, speed and environment are not shown"
+    manifest = _parse_file(folder / "manifest.json", Manifest.from_json, missing, consequence)
+    drift = None
+    if (scores / "drift.json").exists():  # else an older run, or one with `evaluate.drift` off
+        consequence = "drift from the untuned model is not shown"
+        drift = _parse_file(scores / "drift.json", Evaluation.from_json, missing, consequence)
     return RunFiles(
         name=folder.resolve().name,
         config_text=config_text,
         config=config,
-        plan=_parse_file(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown"),
-        metrics=_read_log(folder / "metrics.jsonl", missing, "the training curves are not shown"),
-        validation=_read_log(folder / "validation.jsonl", missing, "validation is not shown"),
-        evaluations=_evaluations(folder / "evaluation", config, missing),
-        manifest=_parse_file(
-            folder / "manifest.json", Manifest.from_json, missing, "sizes, speed and environment are not shown"
-        )
-        or Manifest.empty(),
-        drift=_drift(folder / "evaluation" / "drift.json", missing),
+        plan=plan,
+        metrics=metrics,
+        validation=validation,
+        evaluations=evaluations,
+        manifest=manifest or Manifest.empty(),
+        drift=drift,
         missing=tuple(missing),
     )
 
@@ -90,34 +105,6 @@ def get_mapping(values: Any, *path: str) -> Mapping[str, Any]:
     """The mapping at a path of nested mappings, or an empty one."""
     value = lookup(values, *path)
     return value if isinstance(value, Mapping) else {}
-
-
-def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
-    try:
-        return get_mapping(with_current_names(RunConfig, parse_yaml(text), quiet=True))
-    except ValueError:
-        missing.append("config.yaml is not valid YAML: it is shown as it stands")
-        return {}
-
-
-def _evaluations(folder: Path, config: Mapping[str, Any], missing: list[str]) -> dict[str, Evaluation]:
-    notes = {
-        "dense": "no scores of the untuned dense model",
-        "tuned": "no scores of the dense tuned model",
-        "pruned": "no scores of the pruned model",
-    }
-    if lookup(config, "evaluate", "dense_tuned") is False and not (folder / "tuned.json").exists():
-        del notes["tuned"]  # was never to be there
-    evaluations = {
-        name: _parse_file(folder / f"{name}.json", Evaluation.from_json, missing, note) for name, note in notes.items()
-    }
-    return {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}
-
-
-def _drift(file: Path, missing: list[str]) -> Evaluation | None:
-    if not file.exists():  # an older run, or one with `evaluate.drift` off
-        return None
-    return _parse_file(file, Evaluation.from_json, missing, "drift from the untuned model is not shown")
 
 
 def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], consequence: str) -> Parsed | None:

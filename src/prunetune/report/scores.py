@@ -1,7 +1,5 @@
 """The score table: dense, tuned and pruned model by task and metric, with recovery and paired change."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,38 +100,27 @@ def _metric_row(
     recovered = change = verdict = ""
     with_se = (math.nan, math.nan)
     if "pruned" in scores and reference in scores:
-        difference, error = _difference(results["pruned"], results[reference], metric)
+        after, before = scores["pruned"], scores[reference]
+        try:
+            paired = paired_difference(results["pruned"], results[reference], metric)
+        except (DataError, KeyError):  # items that were not kept, or kept without what the score is made of
+            paired = Score(math.nan, math.nan, 0)
+        difference, error = paired.value, paired.se
+        if not (paired.n == after.n == before.n and math.isfinite(error)):  # over other items: as if independent
+            difference, error = after.value - before.value, math.hypot(after.se, before.se)
         change = formatting.signed_decimal(difference)
         change += f" ± {formatting.decimal(error)}" if math.isfinite(error) else ""
-        verdict = _verdict(metric, difference, error)
+        is_higher = higher_is_better(metric)
+        if metric in LABELS and math.isfinite(difference) and error >= 0:
+            is_noise = abs(difference) <= 2 * error
+            verdict = "within noise" if is_noise else "better" if (difference > 0) == is_higher else "worse"
         # To first order, the error of the paired difference over the score that is divided by.
-        ratio, is_higher = recovery(scores["pruned"], scores[reference], metric), higher_is_better(metric)
-        divisor = scores[reference if is_higher else "pruned"].value
+        ratio, divisor = recovery(after, before, metric), (before if is_higher else after).value
         with_se = ratio, error * (1.0 if is_higher else ratio) / divisor if divisor > 0 else math.nan
-        if metric != "nll" and math.isfinite(with_se[0]):  # of a logarithm the ratio says little, the change all
-            recovered = formatting.share(with_se[0], 1)
+        if metric != "nll" and math.isfinite(ratio):  # of a logarithm the ratio says little, the change all
+            recovered = formatting.share(ratio, 1)
     n = max(score.n for score in scores.values())
     return TaskMetricRow(task, metric, scores, n, is_headline, recovered, change, verdict, with_se)
-
-
-def _verdict(metric: str, difference: float, error: float) -> str:
-    if metric not in LABELS or not math.isfinite(difference) or not error >= 0:
-        return ""
-    if abs(difference) <= 2 * error:
-        return "within noise"
-    return "better" if (difference > 0) == higher_is_better(metric) else "worse"
-
-
-def _difference(pruned: TaskResult, reference: TaskResult, metric: str) -> tuple[float, float]:
-    """Pruned minus reference with its standard error: paired over the same items, else as if independent."""
-    after, before = pruned.scores[metric], reference.scores[metric]
-    try:
-        paired = paired_difference(pruned, reference, metric)
-    except (DataError, KeyError):  # items that were not kept, or kept without what the score is made of
-        paired = Score(math.nan, math.nan, 0)
-    if paired.n == after.n == before.n and math.isfinite(paired.se):
-        return paired.value, paired.se
-    return after.value - before.value, math.hypot(after.se, before.se)
 
 
 def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | None:
@@ -151,31 +138,25 @@ def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | Non
             for name, evaluation in evaluations.items()
         }
         tasks = [task for task in finite["pruned"] if task in finite[reference]]
-        if tasks:
-            return _headline_over(tasks, metric, finite, reference)
+        if not tasks:
+            continue
+        means = {
+            name: math.fsum(scores[task].value for task in tasks) / len(tasks)
+            for name, scores in finite.items()
+            if all(task in scores for task in tasks)
+        }
+        # More than all of an untuned model's score says that tuning helped, not that pruning cost nothing.
+        has_recovery = reference == "tuned" and higher_is_better(metric) and means[reference] > 0
+        return HeadlineScore(
+            metric=metric,
+            reference_name=REFERENCE_NAMES[reference],
+            tasks=len(tasks),
+            means=means,
+            pruned_se=math.hypot(*(finite["pruned"][task].se for task in tasks)) / len(tasks),
+            reference=means[reference],
+            recovery=means["pruned"] / means[reference] if has_recovery else None,
+        )
     return None
-
-
-def _headline_over(
-    tasks: list[str], metric: str, finite: Mapping[str, Mapping[str, Score]], reference: str
-) -> HeadlineScore:
-    """The means over the tasks; `finite`: {model: {task: score}}."""
-    means = {
-        name: math.fsum(scores[task].value for task in tasks) / len(tasks)
-        for name, scores in finite.items()
-        if all(task in scores for task in tasks)
-    }
-    # More than all of an untuned model's score says that tuning helped, not that pruning cost nothing.
-    has_recovery = reference == "tuned" and higher_is_better(metric) and means[reference] > 0
-    return HeadlineScore(
-        metric=metric,
-        reference_name=REFERENCE_NAMES[reference],
-        tasks=len(tasks),
-        means=means,
-        pruned_se=math.hypot(*(finite["pruned"][task].se for task in tasks)) / len(tasks),
-        reference=means[reference],
-        recovery=means["pruned"] / means[reference] if has_recovery else None,
-    )
 
 
 def headline_table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from prunetune.errors import RunFolderError
-from prunetune.evaluation.results import Score, higher_is_better
+from prunetune.evaluation.results import higher_is_better
 from prunetune.report import formatting, run_details, scores, svg, verdicts
-from prunetune.report.figures import WIDTH, legend_entries
+from prunetune.report.figures import WIDTH, draw_mark, legend_entries
 from prunetune.report.run_folder import RunFiles, get_mapping, get_number, read_run
 from prunetune.report.scores import HeadlineScore
 from prunetune.report.speed import speedup, speedup_text
@@ -21,7 +22,7 @@ from prunetune.report.summary import share_saved
 from prunetune.report.training_curves import ReportFigure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class SizeRow:
         """Tokens a second over the dense model's, measured in turns."""
         facts = speedup(self.run.manifest, "throughput")
         return facts.median if facts else None
+
+    @property
+    def speed_text(self) -> str:
+        """The ratio with its range; "" where it was not measured."""
+        return speedup_text(speedup(self.run.manifest, "throughput"))
 
     @property
     def saved(self) -> float | None:
@@ -70,14 +76,8 @@ def load_size_rows(folder: Path, run: RunFiles) -> list[SizeRow]:
             continue
         rows.append(SizeRow(size.name, files, scores.headline_score(files.evaluations)))
     known = [row.objectives for row in rows if row.objectives is not None]
-    return [replace(row, on_frontier=_is_on_frontier(row, known)) for row in rows]
-
-
-def _is_on_frontier(row: SizeRow, known: Sequence[tuple[float, float, float]]) -> bool:
-    mine = row.objectives
-    if mine is None:
-        return False
-    return not any(other != mine and all(a >= b for a, b in zip(other, mine, strict=True)) for other in known)
+    beaten = [mine for mine in known if any(all(map(operator.ge, other, mine)) and other != mine for other in known)]
+    return [replace(row, on_frontier=row.objectives in known and row.objectives not in beaten) for row in rows]
 
 
 def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
@@ -92,14 +92,15 @@ def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
         "run": run,
         "model_name": run.model_name,
         "verdict": summary_line(rows),
-        "rows": [_table_row(row) for row in rows],
+        "rows": rows,
         "headline": headline,
-        "dense": _dense_row(rows[0].run if rows else run, headline, reference_name),
+        "dense": (rows[0].run if rows else run).manifest,  # the first size measured it, too
+        "reference_name": reference_name,
         "figures": _frontier_figures(rows, headline),
         "legend_entries": legend_entries({svg.PRUNED: "sizes of this run", svg.TUNED: reference_name}),
         "tasks": _task_rows(rows),
         "names": [row.name for row in rows],
-        "limits": [(row.name, limit) for row in rows for limit in verdicts.limit_verdicts(row.run.manifest)],
+        "limits": [(row.name, limit) for row in rows for limit in verdicts.all_limits(row.run.manifest)],
         "failed": [(row.name, row.run.manifest.failed) for row in rows if row.run.manifest.failed],
         "run_failed": run.manifest.failed,
         "costs": _cost_rows(run, rows),
@@ -130,50 +131,12 @@ def _first_to_last(words: Sequence[str]) -> str:
     return words[0] if words[0] == words[-1] else f"{words[0]} to {words[-1]}"
 
 
-def _table_row(row: SizeRow) -> dict[str, Any]:
-    manifest, headline = row.run.manifest, row.headline
-    figures = manifest.gain.figures
-    return {
-        "name": row.name,
-        "kept": formatting.share(None if row.saved is None else 1 - row.saved, 1),
-        "params": formatting.short(row.params),
-        "bytes": formatting.size(manifest.pruned.bytes),
-        "quality": Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None,
-        "recovery": formatting.share(headline.recovery, 1) if headline and headline.recovery is not None else "–",
-        "speed": speedup_text(speedup(manifest, "throughput")) or formatting.NOT_KNOWN,
-        "prefill": formatting.milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
-        "decode": formatting.milliseconds(figures["decode"].pruned if "decode" in figures else None),
-        "on_frontier": row.on_frontier,
-        "passed": not manifest.failed,
-        "report": f"sizes/{row.name}/report.html",
-    }
-
-
-def _dense_row(run: RunFiles, headline: HeadlineScore | None, reference_name: str) -> dict[str, str]:
-    """The row of the model that all sizes are compared with; `run`: the first size, which measured it."""
-    model, figures = run.manifest.model, run.manifest.gain.figures
-    return {
-        "name": reference_name,
-        "params": formatting.short(model.params),
-        "bytes": formatting.size(model.bytes),
-        "quality": formatting.decimal(headline.reference if headline else None),
-        "prefill": formatting.milliseconds(figures["prefill"].dense if "prefill" in figures else None),
-        "decode": formatting.milliseconds(figures["decode"].dense if "decode" in figures else None),
-    }
-
-
 def _task_rows(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:
     """(task, metric, the row of each size) of the metric that stands for each task."""
     by_size = [{row.task: row for row in scores.metric_rows(size.run.evaluations) if row.is_headline} for size in rows]
+    labels = {row.task: row.label for by_task in reversed(by_size) for row in by_task.values()}
     tasks = dict.fromkeys(task for by_task in by_size for task in by_task)
-    return [
-        (
-            task,
-            next(by_task[task].label for by_task in by_size if task in by_task),
-            [size.get(task) for size in by_size],
-        )
-        for task in tasks
-    ]
+    return [(task, labels[task], [by_task.get(task) for by_task in by_size]) for task in tasks]
 
 
 def _cost_rows(run: RunFiles, rows: Sequence[SizeRow]) -> list[tuple[str, str, str]]:
@@ -199,15 +162,17 @@ def _frontier_figures(rows: Sequence[SizeRow], headline: HeadlineScore | None) -
     by_speed = [(row, speed) for row in rows if (speed := row.speed_ratio) is not None]
     better = "Higher is better." if higher_is_better(headline.metric) else "Lower is better."
     note = f"{better} Bars: one standard error. Dashed: the {headline.reference_name} model."
-    figures = []
-    if by_size:
-        picture = _draw_frontier("frontier-size", f"{label} over parameters", by_size, headline, "parameters, millions")
-        figures.append(ReportFigure(f"{label} and size", picture, note=note))
-    if by_speed:
-        x_label = "times the dense model's tokens a second"
-        picture = _draw_frontier("frontier-speed", f"{label} over speed", by_speed, headline, x_label)
-        figures.append(ReportFigure(f"{label} and speed", picture, note=note))
-    return figures
+    x_axes = [("size", "parameters", "parameters, millions", by_size)]
+    x_axes += [("speed", "speed", "times the dense model's tokens a second", by_speed)]
+    return [
+        ReportFigure(
+            f"{label} and {name}",
+            _draw_frontier(f"frontier-{name}", f"{label} over {over}", points, headline, x_label),
+            note=note,
+        )
+        for name, over, x_label, points in x_axes
+        if points
+    ]
 
 
 def _draw_frontier(
@@ -215,16 +180,12 @@ def _draw_frontier(
 ) -> Markup:
     """Each size a mark with its name and its standard error; the reference a dashed line."""
 
-    def draw(drawing: Drawing) -> None:
-        axes = drawing.subplots()
+    def draw(axes: Axes) -> None:
         axes.locator_params(axis="x", nbins=5)  # sizes that are nearly equal have long numbers
         marks = [(x, row.headline.pruned, row.headline.pruned_se, row.name) for row, x in points if row.headline]
         axes.plot([x for x, *_ in marks], [quality for _, quality, *_ in marks], color=svg.PRUNED, linewidth=1)
         for x, quality, error, size in marks:
-            axes.errorbar(
-                x, quality, yerr=error if math.isfinite(error) else None,
-                fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
-            )  # fmt: skip
+            draw_mark(axes, x, quality, yerr=error)
             offset: Any = {"xytext": (7, 5), "textcoords": "offset points"}
             axes.annotate(size, (x, quality), color=svg.INK, **offset)
         axes.axhline(headline.reference, color=svg.TUNED, linewidth=1.2, linestyle=(0, (4, 3)))

@@ -1,7 +1,5 @@
 """Speed of the pruned model over the dense one's, both measured in turns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from prunetune.manifest import Manifest, SpeedupFacts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 # Matplotlib writes plain colours only. These nearly black ones stand for the page's own and are exchanged afterwards.
 INK, MUTED, GRID, SURFACE = "#010101", "#010102", "#010103", "#010104"
@@ -58,8 +58,8 @@ STYLE: dict[str, Any] = {  # a figure of 5 inches is 340 px wide on a phone: its
 }
 
 
-def render_svg(name: str, label: str, width: float, height: float, draw: Callable[[Figure], None]) -> Markup:
-    """A figure of that size (inches), filled by `draw`, as inline SVG; the same drawing gives the same bytes.
+def render_svg(name: str, label: str, width: float, height: float, draw: Callable[[Axes], None]) -> Markup:
+    """Axes of that size (inches), filled by `draw`, as inline SVG; the same drawing gives the same bytes.
 
     `name` has to be unique on the page; screen readers read out the label.
     """
@@ -74,7 +74,7 @@ def render_svg(name: str, label: str, width: float, height: float, draw: Callabl
         # Text is measured with matplotlib's font and shown in the reader's: matplotlib need not have every glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
+        draw(figure.subplots())
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return Markup(_inlined(buffer.getvalue(), str(escape(label))))  # noqa: S704  # matplotlib escapes what it is given
 

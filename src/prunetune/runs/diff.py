@@ -1,16 +1,15 @@
 """Comparison of finished runs (`compare-runs`): options, scores, kept units, items that flipped."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunetune.config.recipe import to_mapping
 from prunetune.errors import DataError, PlanError, RunFolderError
-from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.results import Evaluation, Score, common_items
 from prunetune.evaluation.statistics import is_same_question, keep_same_questions, paired_difference
 from prunetune.plan import Plan
 from prunetune.runs.folder import flatten_options, open_run
@@ -82,41 +81,29 @@ def _option_differences(runs: Sequence[ComparedRun]) -> str:
 
 
 def _score_table(runs: Sequence[ComparedRun]) -> str:
-    """Each score of the first run in all runs, and how the last run differs from it."""
+    """Each score of the first run in all runs, and how the last run differs from it; which tasks cannot be paired."""
     first, last = runs[0].evaluation, runs[-1].evaluation
     if first is None:
         return f"{runs[0].name} has no scores"
-    rows = []
+    rows, reasons = [], []
     tasks_by_run = [run.evaluation.tasks if run.evaluation else {} for run in runs]
     for task, result in first.tasks.items():
+        theirs = tasks_by_run[-1].get(task) if last else None
         for metric in result.scores:
             scores = [tasks[task].scores.get(metric) if task in tasks else None for tasks in tasks_by_run]
             cells = ["–" if score is None else f"{score.value:.3f} ± {score.se:.3f}" for score in scores]
-            change = "–" if last is None else _paired_change(first, last, task, metric)
-            rows.append((f"{task} {metric}", *cells, change))
-    lines = table_lines(("score", *(f">{run.name}" for run in runs), ">last - first (paired)"), rows)
-    return "\n".join([*lines, *(_unpaired_reasons(first, last) if last else ())])
-
-
-def _paired_change(first: Evaluation, last: Evaluation, task: str, metric: str) -> str:
-    """The difference over the items that both scored, with its standard error; "–" where there is none."""
-    try:
-        change = paired_difference(last.tasks[task], first.tasks[task], metric)
-    except (DataError, KeyError):
-        return "–"
-    return f"{change.value:+.3f} ± {change.se:.3f}" if math.isfinite(change.value) else "–"
-
-
-def _unpaired_reasons(first: Evaluation, last: Evaluation) -> list[str]:
-    """Tasks that cannot be paired because the same ids belong to other questions."""
-    reasons = []
-    for task in (name for name in first.tasks if name in last.tasks):
-        items = {item.id: item for item in first.tasks[task].items}
+            change = Score(math.nan, math.nan, 0)
+            if theirs:
+                with suppress(DataError, KeyError):
+                    change = paired_difference(theirs, result, metric)
+            paired = f"{change.value:+.3f} ± {change.se:.3f}" if math.isfinite(change.value) else "–"
+            rows.append((f"{task} {metric}", *cells, paired))
         try:
-            keep_same_questions(task, [(items[item.id], item) for item in last.tasks[task].items if item.id in items])
-        except DataError as other_questions:
+            keep_same_questions(task, common_items(result, theirs) if theirs else [])
+        except DataError as other_questions:  # the same ids belong to other questions
             reasons.append(str(other_questions))
-    return reasons
+    lines = table_lines(("score", *(f">{run.name}" for run in runs), ">last - first (paired)"), rows)
+    return "\n".join([*lines, *reasons])
 
 
 def _overlap(first: ComparedRun, other: ComparedRun) -> str:
@@ -162,10 +149,8 @@ def find_flips(first: Evaluation, other: Evaluation) -> tuple[list[FlippedItem],
     """Items that one got right and the other wrong, and how many both answered: same id and same question."""
     flips, common = [], 0
     for task in (name for name in first.tasks if name in other.tasks):
-        items = {item.id: item for item in first.tasks[task].items if item.correct is not None}
-        for after in other.tasks[task].items:
-            before = items.get(after.id)
-            if after.correct is not None and before is not None and is_same_question(before, after):
+        for after, before in common_items(other.tasks[task], first.tasks[task]):
+            if None not in (before.correct, after.correct) and is_same_question(before, after):
                 common += 1
                 if before.correct != after.correct:
                     flips.append(FlippedItem(task, after.id, bool(after.correct), before.got, after.got))

@@ -1,7 +1,5 @@
 """The history of runs, read from their folders: a run's manifest says when it was started and how it ended."""
 
-from __future__ import annotations
-
 import logging
 import math
 import socket

@@ -1,12 +1,11 @@
 """The list of runs (`prunetune runs`): filters by model, status and conditions, the table, and JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 
 from prunetune.errors import ConfigError
@@ -50,11 +49,9 @@ def filter_runs(
 
 
 def _parse_condition(text: str, known: Iterable[str]) -> Callable[[RunEntry], bool]:
-    match = CONDITION.fullmatch(text)
-    try:
+    match, value = CONDITION.fullmatch(text), math.nan
+    with suppress(ValueError):
         value = float(match["value"]) if match else math.nan
-    except ValueError:
-        value = math.nan
     if match is None or math.isnan(value):
         raise ConfigError(
             f"--where {short_repr(text)} is no condition: write one such as 'accuracy >= 0.7' or 'kept < 0.6'"
@@ -72,25 +69,16 @@ def render_runs_table(entries: Sequence[RunEntry]) -> str:
     """The runs in lines of text, newest first."""
     if not entries:
         return "no runs"
-    rows = [
-        (
-            entry.name,
-            entry.status,
-            entry.started[:16].replace("T", " "),
-            entry.model if len(entry.model) <= 36 else "…" + entry.model[-35:],
-            f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.requested_keep:.0%} asked)",
-            _headline_scores(entry) or "–",
-        )
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        scores = [f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics]
+        if entry.kind == "comparison":  # how many scores there are, which `--json` lists
+            scores = ["comparison", *([f"{len(entry.metrics)} scores"] if entry.metrics else [])]
+        started = entry.started[:16].replace("T", " ")
+        model = entry.model if len(entry.model) <= 36 else "…" + entry.model[-35:]
+        kept = f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.requested_keep:.0%} asked)"
+        rows.append((entry.name, entry.status, started, model, kept, ", ".join(scores) or "–"))
     return "\n".join(table_lines(("run", "status", "started (UTC)", "model", "kept", "scores"), rows))
-
-
-def _headline_scores(entry: RunEntry) -> str:
-    """A run's means; of a comparison how many scores there are, which `--json` lists."""
-    if entry.kind == "comparison":
-        return f"comparison, {len(entry.metrics)} scores" if entry.metrics else "comparison"
-    return ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics)
 
 
 def runs_to_json(entries: Sequence[RunEntry]) -> str:

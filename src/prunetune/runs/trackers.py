@@ -4,8 +4,6 @@ Off by default. A tracker that is down, slow to answer or broken never stops a r
 follow, and where the tracker takes them the table of scores and the report. What they show of rows is decided before.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -19,6 +17,7 @@ from typing import Any
 from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import MissingPackage
 from prunetune.runs.folder import RunFolder, flatten_options
+from prunetune.utils.failures import typed_line
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.optional import is_installed
 
@@ -80,7 +79,7 @@ class Trackers:
             (getattr(tracker, method) if isinstance(method, str) else method)(*args, **kwargs)
         except Exception as broken:
             self.active.remove(tracker)
-            log.warning("report_to: %s failed (%s); the run continues without it", tracker.name, _one_line(broken))
+            log.warning("report_to: %s failed (%s); the run continues without it", tracker.name, typed_line(broken))
 
 
 @contextmanager
@@ -97,7 +96,7 @@ def start_trackers(config: RunConfig, folder: RunFolder, *, cpu: bool) -> Iterat
         try:
             trackers.active.append(_start(name, config, folder))
         except Exception as broken:
-            log.warning("report_to: %s does not start (%s); the run continues without it", name, _one_line(broken))
+            log.warning("report_to: %s does not start (%s); the run continues without it", name, typed_line(broken))
     try:
         yield trackers
     finally:
@@ -130,7 +129,3 @@ def _start(name: str, config: RunConfig, folder: RunFolder) -> Any:
         {option: str(value) if isinstance(value, list) else value for option, value in options.items()}
     )
     return tracker
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,7 +1,5 @@
 """Live view of a run (`prunetune watch`), from its files alone: phase, progress, losses, validation."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

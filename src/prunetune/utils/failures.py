@@ -22,6 +22,11 @@ def first_line(error: BaseException) -> str:
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 
 
+def typed_line(error: BaseException) -> str:
+    """The type and the beginning of an error's text, in one line: of libraries and code that raise anything."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def last_line(output: str) -> str:
     """The last line that a process printed: where it failed, usually its error."""
     return (output.strip().splitlines() or ["no output"])[-1]

@@ -1,6 +1,7 @@
 """JSON objects, and files that hold one a line (.jsonl)."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,15 @@ from prunetune.utils.files import write_text
 from prunetune.utils.untrusted import parse_json
 
 JsonObject = dict[str, Any]
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value, or nested values, with None in place of nan and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_cut(record: JsonObject) -> bool:

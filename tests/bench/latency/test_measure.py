@@ -15,10 +15,10 @@ import torch
 
 from prunetune.bench.cuda_graph import CudaGraphStep
 from prunetune.bench.latency import measure, request_timing, tables
-from prunetune.bench.latency.header import driver, table_header, table_path
 from prunetune.bench.latency.measure import LatencyTableBuilder, Timer
 from prunetune.bench.latency.request_timing import time_requests, time_tracks
 from prunetune.bench.latency.short_models import build_short_model, narrow_layers
+from prunetune.bench.latency.tables import driver, table_header, table_path
 from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.options import BenchOptions
 from prunetune.config.recipe import WorkloadConfig, from_mapping

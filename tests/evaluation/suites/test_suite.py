@@ -11,8 +11,7 @@ from prunetune.data.records import Message
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.suites import load_suite, parse_suite
 from prunetune.evaluation.suites.prompts import build_prompts
-from prunetune.evaluation.suites.suite import Suite, Task
-from prunetune.evaluation.suites.suite_limits import SuiteLimit
+from prunetune.evaluation.suites.suite import Suite, SuiteLimit, Task
 from support.data import write_lines
 from support.suites import ALL, suite_in
 

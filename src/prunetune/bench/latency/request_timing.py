@@ -6,8 +6,6 @@ the call returns. The device's is that between two events, with an idle kernel b
 ahead of the device. A track is named "prefill.host", "decode.device" and so on.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prunetune.bench import clock
+from prunetune.bench.clock import random_prompts, time_request
 from prunetune.bench.cuda_graph import CudaGraphStep
-from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import PHASES, TRACKS
 

@@ -3,8 +3,6 @@
 A short model has enough layers that its weights do not all fit into the device's cache, like those of the whole model.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

@@ -1,14 +1,12 @@
 """Check a finished model against its budgets: costs counted, and timed on the device for latency and throughput."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from prunetune.bench.latency.request_timing import RUNS, time_requests
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.budget_limits import TIMED_BUDGETS, BudgetLimit, BudgetLimits
+from prunetune.cost.budget_limits import TIMED_BUDGETS, BudgetLimits
 from prunetune.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -33,20 +31,15 @@ def verify_budgets(
         }
         if budget.kind in TIMED_BUDGETS:
             seconds = seconds or time_requests([open_model()], workload, runs)[0]
-            row |= _timed(budget, counted, seconds, workload)
+            phase = "mix" if budget.kind == "throughput" else workload.phase
+            mix = seconds["prefill"] + (workload.generate - 1) * seconds["decode"]
+            measured = mix if phase == "mix" else seconds[phase]
+            error = measured / counted - 1
+            if abs(error) > MAX_TABLE_ERROR:
+                log.warning(
+                    "budget.%s: the finished model takes %s, %+.1f%% of what the table says; measure again on a quiet "
+                    "machine", budget.kind, budget.format_cost(measured), 100 * error,
+                )  # fmt: skip
+            row |= {"measured": budget.to_amount(measured), "error": error}
         rows.append(row)
     return rows
-
-
-def _timed(budget: BudgetLimit, counted: float, seconds: dict[str, float], workload: WorkloadConfig) -> dict[str, Any]:
-    """The measured amount and its relative error, from median seconds by phase."""
-    phase = "mix" if budget.kind == "throughput" else workload.phase
-    request_seconds = seconds["prefill"] + (workload.generate - 1) * seconds["decode"]
-    measured = request_seconds if phase == "mix" else seconds[phase]
-    error = measured / counted - 1
-    if abs(error) > MAX_TABLE_ERROR:
-        log.warning(
-            "budget.%s: the finished model takes %s, %+.1f%% of what the table says; measure again on a quiet machine",
-            budget.kind, budget.format_cost(measured), 100 * error,
-        )  # fmt: skip
-    return {"measured": budget.to_amount(measured), "error": error}

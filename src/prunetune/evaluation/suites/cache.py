@@ -1,7 +1,5 @@
 """Cache of a model's answers, by model and request: files of JSON lines in the user's cache folder."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,11 +1,8 @@
 """The backend of an OpenAI-compatible endpoint, so that the deployed model is the one that is tested."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from prunetune.data.encoding import raw_prompt, uses_chat_template
@@ -36,31 +33,25 @@ class Endpoint:
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
         """See `Backend`; the first request whose retries are used up ends the task."""
-        ask: Callable[[Record, GenerationSettings], Any] = {
-            "loglikelihood": self._loglikelihood,
-            "generate": self._generate,
-            "nll": self._nll,
-        }[kind]
+        asks = {"loglikelihood": self._loglikelihood, "generate": self._generate, "nll": self._nll}
 
         def answered(record: Record) -> Any:
-            answer = ask(record, settings)
+            answer = asks[kind](record, settings)
             tick(1)
             return answer
 
         return self.client.map_concurrently(records, answered)
 
     def _generate(self, record: Record, settings: GenerationSettings) -> str:
-        stop = {"stop": list(settings.stop)} if settings.stop else {}
-        send = partial(self._chat if uses_chat_template(record, settings.template) else self._complete, record)
-        return truncate_at_stop(send(max_tokens=settings.max_new_tokens, **stop), settings.stop)
-
-    def _chat(self, record: Record, **options: Any) -> str:
-        messages = record.messages or (Message("user", record.prompt),)
-        tools = {"tools": json.loads(record.tools)} if record.tools else {}
-        return self.client.chat(self.model, [message.as_dict() for message in messages], **options, **tools)
-
-    def _complete(self, record: Record, **options: Any) -> str:
-        return self.client.complete(self.model, raw_prompt(record), **options)
+        options: dict[str, Any] = {"max_tokens": settings.max_new_tokens}
+        options |= {"stop": list(settings.stop)} if settings.stop else {}
+        if uses_chat_template(record, settings.template):
+            messages = record.messages or (Message("user", record.prompt),)
+            options |= {"tools": json.loads(record.tools)} if record.tools else {}
+            answer = self.client.chat(self.model, [message.as_dict() for message in messages], **options)
+        else:
+            answer = self.client.complete(self.model, raw_prompt(record), **options)
+        return truncate_at_stop(answer, settings.stop)
 
     def _loglikelihood(self, record: Record, settings: GenerationSettings) -> list[list[float]]:
         prompt = self._raw_prompt(record, settings)
@@ -89,13 +80,9 @@ class Endpoint:
             choice = reply["choices"][0]
             if not choice["text"].startswith(prompt + text):
                 raise ValueError("the prompt is not echoed")
-            scored = [
-                (float(value), int(offset))
-                for value, offset in zip(
-                    choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"], strict=True
-                )
-                if value is not None and len(prompt) <= offset < end
-            ]
+            pairs = zip(choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"], strict=True)
+            in_text = [pair for pair in pairs if pair[0] is not None and len(prompt) <= pair[1] < end]
+            scored = [(float(value), int(offset)) for value, offset in in_text]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as unusable:
             raise BackendError(
                 f"{self.name}: likelihoods are not possible here, because the server does not give the "

@@ -1,7 +1,5 @@
 """`prunetune eval` and `prunetune check` as Python functions."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The scorer `judge`: a language model grades answers, behind an OpenAI-compatible endpoint; off unless allowed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

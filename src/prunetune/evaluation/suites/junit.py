@@ -1,11 +1,10 @@
 """A check as JUnit XML, for CI: each task is a test suite, each limit a test case with its new failures."""
 
-from __future__ import annotations
-
 import re
+from typing import Any
 from xml.etree import ElementTree
 
-from prunetune.evaluation.suites.check import CheckResult, Failure, Verdict
+from prunetune.evaluation.suites.check import CheckResult, Failure
 from prunetune.utils.untrusted import printable
 
 UNWRITABLE = re.compile("[\ufffe\uffff]")  # characters that print, and that XML 1.0 cannot write
@@ -14,54 +13,32 @@ LISTED = 50  # most new failures of a task in the file
 
 def render_junit(check: CheckResult, name: str = "prunetune check") -> str:
     """The XML document as text."""
-    tasks = list(dict.fromkeys([*check.scores, *check.errors, *(verdict.limit.task for verdict in check.verdicts)]))
-    total = len(check.verdicts) + len(check.errors)
-    root = ElementTree.Element(
-        "testsuites",
-        name=name,
-        tests=str(total),
-        failures=str(len(check.broken)),
-        errors=str(len(check.errors)),
-    )
-    for task in tasks:
-        _suite(root, task, check)
+
+    def element(parent: ElementTree.Element | None, tag: str, **attributes: Any) -> ElementTree.Element:
+        texts = {key: str(value) for key, value in attributes.items()}
+        return ElementTree.Element(tag, texts) if parent is None else ElementTree.SubElement(parent, tag, texts)
+
+    total, errors = len(check.verdicts) + len(check.errors), len(check.errors)
+    root = element(None, "testsuites", name=name, tests=total, failures=len(check.broken), errors=errors)
+    for task in dict.fromkeys([*check.scores, *check.errors, *(verdict.limit.task for verdict in check.verdicts)]):
+        verdicts = [verdict for verdict in check.verdicts if verdict.limit.task == task]
+        listing = _listing([failure for failure in check.failures if failure.task == task])
+        error, broken = check.errors.get(task), sum(verdict.broken for verdict in verdicts)
+        tests, errors = len(verdicts) + bool(error), int(bool(error))
+        suite = element(root, "testsuite", name=task, tests=tests, failures=broken, errors=errors)
+        for verdict in verdicts:
+            limit = verdict.limit
+            label = f"{limit.metric} {limit.kind} {limit.bound:g}"
+            case = element(suite, "testcase", classname=limit.task, name=label)
+            if verdict.broken:
+                element(case, "failure", message=verdict.says, type=limit.kind).text = listing
+        if error:
+            element(element(suite, "testcase", classname=task, name="scored"), "error", message=error)
+        if any(failure.task == task for failure in check.failures):
+            element(suite, "system-out").text = listing
     ElementTree.indent(root)
     document = UNWRITABLE.sub("\ufffd", printable(ElementTree.tostring(root, encoding="unicode")))
     return f'<?xml version="1.0" encoding="utf-8"?>\n{document}\n'
-
-
-def _suite(root: ElementTree.Element, task: str, check: CheckResult) -> None:
-    verdicts = [verdict for verdict in check.verdicts if verdict.limit.task == task]
-    failures = [failure for failure in check.failures if failure.task == task]
-    error = check.errors.get(task)
-    element = ElementTree.SubElement(
-        root,
-        "testsuite",
-        name=task,
-        tests=str(len(verdicts) + bool(error)),
-        failures=str(sum(verdict.broken for verdict in verdicts)),
-        errors=str(int(bool(error))),
-    )
-    for verdict in verdicts:
-        _case(element, verdict, failures)
-    if error:
-        case = ElementTree.SubElement(element, "testcase", classname=task, name="scored")
-        ElementTree.SubElement(case, "error", message=error)
-    if failures:
-        ElementTree.SubElement(element, "system-out").text = _listing(failures)
-
-
-def _case(element: ElementTree.Element, verdict: Verdict, failures: list[Failure]) -> None:
-    limit = verdict.limit
-    case = ElementTree.SubElement(
-        element,
-        "testcase",
-        classname=limit.task,
-        name=f"{limit.metric} {limit.kind} {limit.bound:g}",
-    )
-    if verdict.broken:
-        failure = ElementTree.SubElement(case, "failure", message=verdict.says, type=limit.kind)
-        failure.text = _listing(failures)
 
 
 def _listing(failures: list[Failure]) -> str:

@@ -1,7 +1,5 @@
 """The backend of a .gguf file: the llama.cpp server that comes with the package xllamacpp."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,15 +71,20 @@ class LlamaCpp:
     ) -> list[Any]:
         """See `Backend`."""
         if kind == "generate":
-            return Endpoint(self._openai_client, "").run_requests(kind, records, settings, tick)
-        answers = []
+            return Endpoint(self._client("/v1"), "").run_requests(kind, records, settings, tick)
+        answers: list[Any] = []
         for record in records:
             if record.kind == "text" or uses_chat_template(record, settings.template):
                 raise BackendError(
                     f"{self.name}: llama.cpp's server gives no likelihood of texts and chats; "
                     "test the folder that the file was made from, or score generated answers"
                 )
-            answers.append(self._loglikelihood(record) if kind == "loglikelihood" else self._nll(record))
+            prompt, text = self._tokens(record.prompt, special=True), record.completion
+            if kind == "loglikelihood":
+                scored = [self._forced_nll(prompt, choice) for choice in record.choices]
+                answers.append([[-nats, tokens] for nats, tokens in scored])
+            else:
+                answers.append([*self._forced_nll(prompt, text), len(text.encode())])
             tick(1)
         return answers
 
@@ -89,42 +92,20 @@ class LlamaCpp:
     def _server(self) -> Any:
         return start_server(self.file, context=self.context)
 
-    @property
-    def _openai_client(self) -> EndpointClient:
-        return EndpointClient(f"{self._server.listening_address}/v1", timeout=self.timeout, concurrency=1)
-
-    def _loglikelihood(self, record: Record) -> list[list[float]]:
-        prompt = self._tokens(record.prompt, special=True)
-        return [[-nats, tokens] for nats, tokens in (self._forced_nll(prompt, choice) for choice in record.choices)]
-
-    def _nll(self, record: Record) -> list[float]:
-        nats, tokens = self._forced_nll(self._tokens(record.prompt, special=True), record.completion)
-        return [nats, tokens, len(record.completion.encode())]
+    def _client(self, path: str = "") -> EndpointClient:
+        return EndpointClient(f"{self._server.listening_address}{path}", timeout=self.timeout, concurrency=1)
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
-        reply = self._native_client.post("/tokenize", {"content": text, "add_special": special})
+        reply = self._client().post("/tokenize", {"content": text, "add_special": special})
         return [int(token) for token in reply["tokens"]]
-
-    @property
-    def _native_client(self) -> EndpointClient:
-        return EndpointClient(self._server.listening_address, timeout=self.timeout, concurrency=1)
 
     def _forced_nll(self, prompt: Sequence[int], text: str) -> tuple[float, int]:
         """NLL in nats and number of tokens of a text, generated one forced token at a time."""
         written: list[int] = []
         total = 0.0
         for token in self._tokens(text, special=False):
-            reply = self._native_client.post(
-                "/completion",
-                {
-                    "prompt": [*prompt, *written],
-                    "n_predict": 1,
-                    "temperature": 0,
-                    "n_probs": 1,
-                    "logit_bias": [[token, FORCED]],
-                    "cache_prompt": True,
-                },
-            )
+            body = {"prompt": [*prompt, *written], "logit_bias": [[token, FORCED]], "cache_prompt": True}
+            reply = self._client().post("/completion", body | {"n_predict": 1, "temperature": 0, "n_probs": 1})
             try:
                 probability = reply["completion_probabilities"][0]
                 total -= float(probability["logprob"])

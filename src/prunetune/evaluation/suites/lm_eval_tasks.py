@@ -1,9 +1,8 @@
 """Tasks of lm-eval by their name, scored by lm-eval itself on a model in this process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.scoring_mode import evaluation_mode
 from prunetune.evaluation.suites.protocol import Backend
 from prunetune.evaluation.suites.suite import Task
+from prunetune.utils.failures import typed_line
 from prunetune.utils.files import expand_path
 from prunetune.utils.optional import import_optional
 from prunetune.utils.suggest import validate_name
@@ -65,7 +65,7 @@ def _evaluated(backend: Backend, task: Task, manager: Any) -> Any:
     except PrunetuneError:
         raise
     except Exception as broken:  # a task file, a data set or the hub: lm-eval has no error type of its own
-        reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
+        reason = typed_line(broken)
         text = f"task {task.name}: lm-eval cannot run {task.options.lm_eval} ({reason})"
         raise DataError(text, quoted=reason) from broken
 
@@ -84,33 +84,23 @@ def _result(name: str, output: Mapping[str, Any]) -> tuple[dict[str, Score], tup
 
 
 def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> Item:
+    id = str(sample["doc_id"])
     values = {metric: float(sample[metric]) for metric in metrics if isinstance(sample.get(metric), int | float)}
     right = next((values[metric] for metric in CORRECTNESS_METRICS if metric in values), None)
+    calls = sample.get("arguments")
+    calls = [list(call.values()) for call in calls.values()] if isinstance(calls, Mapping) else calls
+    replies = sample.get("filtered_resps") or []
+    got = replies[0] if replies and isinstance(replies[0], str) else ""
+    if not got:
+        with suppress(TypeError, ValueError, IndexError):  # of choices, the index of the likeliest
+            likelihoods = [float(reply[0]) for reply in replies]
+            got = str(likelihoods.index(max(likelihoods))) if likelihoods else ""
     return Item(
-        id=str(sample["doc_id"]),
-        prompt=_prompt(sample),
+        id,
+        prompt=str(calls[0][0]) if calls else "",
         expected=str(sample.get("target", "")),
-        got=_got(sample),
+        got=got,
         correct=None if right is None else right == 1.0,
         scores=values,
-        line=str(sample["doc_id"]),
+        line=id,
     )
-
-
-def _prompt(sample: Mapping[str, Any]) -> str:
-    arguments = sample.get("arguments")
-    if isinstance(arguments, Mapping):
-        arguments = [list(call.values()) for call in arguments.values()]
-    return str(arguments[0][0]) if arguments else ""
-
-
-def _got(sample: Mapping[str, Any]) -> str:
-    """The generated answer; of choices, the index of the likeliest."""
-    replies = sample.get("filtered_resps") or []
-    if replies and isinstance(replies[0], str):
-        return replies[0]
-    try:
-        likelihoods = [float(reply[0]) for reply in replies]
-    except (TypeError, ValueError, IndexError):
-        return ""
-    return str(likelihoods.index(max(likelihoods))) if likelihoods else ""

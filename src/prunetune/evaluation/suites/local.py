@@ -1,7 +1,5 @@
 """A model in this process as a backend: it counts the tokens of every score of runs, `eval` and `check`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +17,7 @@ from prunetune.data.encoding import (
 )
 from prunetune.data.records import Record
 from prunetune.errors import DataError
-from prunetune.evaluation.generation import generate
+from prunetune.evaluation.generation import generate_ids
 from prunetune.evaluation.likelihood import TokenizedQuestion, answer_nll, choice_loglikelihoods
 from prunetune.evaluation.scoring_mode import context_length, evaluation_mode, max_prompt_tokens
 from prunetune.evaluation.suites.protocol import GenerationSettings, OnRequestsDone, RequestKind
@@ -82,7 +80,7 @@ class LocalModel:
 
     def _generate(self, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone) -> list[Any]:
         max_new_tokens = min(settings.max_new_tokens, context_length(self.model) // 2)
-        answers = generate(
+        answers = generate_ids(
             self.model,
             self.tokenizer,
             self._prompts(records, [max_new_tokens] * len(records), settings),
@@ -91,7 +89,8 @@ class LocalModel:
             tick=tick,
             **self._pass_options,
         )
-        return [truncate_at_stop(answer, settings.stop) for answer in answers]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True) if answers else []
+        return [truncate_at_stop(text, settings.stop) for text in texts]
 
     def _nll(self, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone) -> list[Any]:
         answers = iter(self._answers([record for record in records if record.kind != "text"], settings))

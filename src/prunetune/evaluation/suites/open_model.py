@@ -1,7 +1,5 @@
 """Open the model of `eval` and `check`: a run, checkpoint, hub name, .gguf file, endpoint, or saved results."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -44,12 +42,23 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
         return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
     path = expand_path(name)
     if path.suffix == ".json":
-        return _read_results(path)
+        try:
+            return Evaluation.from_json(read_text(path))
+        except (OSError, ValueError, DataError) as broken:
+            raise DataError(
+                f"{path}: cannot be read ({broken}); name a file that prunetune eval --out wrote"
+            ) from broken
     store = store or AnswerStore()
     pick_device(options.device)  # raises before anything is read
+    backend: Backend
     if path.suffix == ".gguf":
-        return _with_cache(_gguf(path, options, store), store, options)
-    return _with_cache(CheckpointBackend(resolve_checkpoint(name), options, store), store, options)
+        check_gguf_file(path)
+        require_installed("xllamacpp", extra="llamacpp", use=f"model {path}")
+        fingerprint = f"llama.cpp {files_hash([path], store)} xllamacpp {version('xllamacpp')}"
+        backend = LlamaCpp(path, fingerprint, timeout=max(options.timeout, 600.0))
+    else:
+        backend = CheckpointBackend(resolve_checkpoint(name), options, store)
+    return CachedBackend(backend, store, options.redaction) if options.cache else backend
 
 
 def with_redaction_of_runs(options: EvalOptions, *names: str) -> EvalOptions:
@@ -141,24 +150,6 @@ def list_run_sizes(run: Path) -> list[Path]:
     """The folders of a run of several sizes that have a model, the largest first; each is a run folder itself."""
     folders = [folder for folder in (run / "sizes").glob("*") if (folder / "model").is_dir()]
     return sorted(folders, key=lambda folder: folder.name, reverse=True)  # named by share kept: "0.8", "0.65"
-
-
-def _read_results(path: Path) -> Evaluation:
-    try:
-        return Evaluation.from_json(read_text(path))
-    except (OSError, ValueError, DataError) as broken:
-        raise DataError(f"{path}: cannot be read ({broken}); name a file that prunetune eval --out wrote") from broken
-
-
-def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
-    check_gguf_file(path)
-    require_installed("xllamacpp", extra="llamacpp", use=f"model {path}")
-    fingerprint = f"llama.cpp {files_hash([path], store)} xllamacpp {version('xllamacpp')}"
-    return LlamaCpp(path, fingerprint, timeout=max(options.timeout, 600.0))
-
-
-def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> Backend:
-    return CachedBackend(backend, store, options.redaction) if options.cache else backend
 
 
 @dataclass(frozen=True)

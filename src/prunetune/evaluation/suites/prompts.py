@@ -1,7 +1,5 @@
 """A task's rows as prompts: sampled, rendered by the task's templates, and with lettered choices where wanted."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,27 +21,15 @@ PLACEHOLDER_ANSWER = "-"  # stands for the right answer while a row without one 
 
 def build_prompts(task: Task) -> tuple[Prompt, ...]:
     """The prompts of a task; raises `DataError` for the rows that cannot be used."""
-    rows = read_rows(task.options.data, DataConfig(root=task.root), task.options.split)
-    sample = stable_sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
-    renderers = _renderers(task)
-    return tuple(make_all(lambda row: _build_prompt(row, task, renderers), sample))
-
-
-def _id(row: SourceRow) -> str:
-    given = row.fields.get("id") if isinstance(row.fields, Mapping) else None
-    return str(given) if isinstance(given, str | int) and str(given) else row.id
-
-
-def _renderers(task: Task) -> dict[str, RowRenderer]:
-    compilers = {
-        "prompt": compile_template,
-        "completion": compile_template,
-        "text": compile_template,
-        "choices": compile_expression,
-        "answer": compile_expression,
-    }
+    rows = []
+    for row in read_rows(task.options.data, DataConfig(root=task.root), task.options.split):
+        given = row.fields.get("id") if isinstance(row.fields, Mapping) else None
+        rows.append(replace(row, id=str(given)) if isinstance(given, str | int) and str(given) else row)
+    compilers = dict.fromkeys(("prompt", "completion", "text"), compile_template)
+    compilers |= dict.fromkeys(("choices", "answer"), compile_expression)
     texts = {key: getattr(task.options, key) for key in compilers}
-    return {key: compilers[key](text, f"task {task.name}: {key}") for key, text in texts.items() if text}
+    renderers = {key: compilers[key](text, f"task {task.name}: {key}") for key, text in texts.items() if text}
+    return tuple(make_all(lambda row: _build_prompt(row, task, renderers), stable_sample(rows, task.options.limit)))
 
 
 def _build_prompt(row: SourceRow, task: Task, renderers: Mapping[str, RowRenderer]) -> Prompt:
@@ -56,15 +42,6 @@ def _build_prompt(row: SourceRow, task: Task, renderers: Mapping[str, RowRendere
     if unanswered:
         merged["completion"] = PLACEHOLDER_ANSWER
     record = replace(row, fields=merged).to_record()
-    _check_record(record, task)
-    record = replace(record, id=row.id, task=task.name)
-    choice_texts = record.choices
-    if task.options.lettered:
-        record = letter_choices(record, task)
-    return Prompt(replace(record, completion="") if unanswered else record, choice_texts, fields)
-
-
-def _check_record(record: Record, task: Task) -> None:
     kinds = {use.scorer.request_kind for use in task.scorers}
     if "loglikelihood" in kinds and record.answer is None:
         raise DataError(
@@ -74,6 +51,11 @@ def _check_record(record: Record, task: Task) -> None:
         raise DataError(
             f"{record.source}: task {task.name} generates answers, and the row is a text; name another scorer"
         )
+    record = replace(record, id=row.id, task=task.name)
+    choice_texts = record.choices
+    if task.options.lettered:
+        record = letter_choices(record, task)
+    return Prompt(replace(record, completion="") if unanswered else record, choice_texts, fields)
 
 
 def letter_choices(record: Record, task: Task) -> Record:

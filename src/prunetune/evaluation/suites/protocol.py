@@ -1,7 +1,5 @@
 """The interface between scorers and models: requests, responses, and the backends that answer them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol

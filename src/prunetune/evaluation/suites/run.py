@@ -1,11 +1,8 @@
 """The one evaluator: ask a backend what a task's scorers need, score the answers, and sum them up; suites and runs."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import PurePath
 
 from prunetune.errors import ConfigError, PrunetuneError
@@ -98,7 +95,14 @@ def score_task(
     for use, indices in scorers:
         kind = use.scorer.request_kind
         asked[kind] = sorted({*asked.get(kind, ()), *indices})
-    tick = _ticker(task.name, sum(map(len, asked.values())), progress)
+    done, total = 0, sum(map(len, asked.values()))
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(task.name, done, total)
+
     responses = {
         kind: dict(zip(indices, _ask(backend, task, kind, [prompts[index] for index in indices], tick), strict=True))
         for kind, indices in asked.items()
@@ -117,18 +121,6 @@ def score_task(
     return TaskResult(task.name, totals, tuple(items))
 
 
-def _ticker(task: str, total: int, progress: SuiteProgressCallback | None) -> OnRequestsDone:
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(task, done, total)
-
-    return tick
-
-
 def _ask(
     backend: Backend, task: Task, kind: RequestKind, prompts: Sequence[Prompt], tick: OnRequestsDone
 ) -> list[Response]:
@@ -144,9 +136,8 @@ def _ask(
 def _pick_choice(prompt: Prompt, choices: Sequence[tuple[float, int]], normalisation: str) -> Response:
     """The likeliest choice, out of [(log-likelihood in nats, tokens) of each]; "mean" is per token."""
     characters = [len(choice.strip()) or 1 for choice in prompt.record.choices]
-    by = {"mean": [tokens for _, tokens in choices], "characters": characters}
-    lengths = by.get(normalisation, [1] * len(choices))
-    best = argmax_unless_nan([nats / length for (nats, _), length in zip(choices, lengths, strict=True)])
+    by = {"mean": [tokens for _, tokens in choices], "characters": characters, "sum": [1] * len(choices)}
+    best = argmax_unless_nan([nats / length for (nats, _), length in zip(choices, by[normalisation], strict=True)])
     if best is None:
         return Response(prompt)
     return Response(prompt, text=prompt.choice_texts[best], correct=best == prompt.record.answer)
@@ -170,20 +161,13 @@ def _items(
     lines = make_ids_unique([PurePath(prompt.record.source).name for prompt in prompts])
     items = []
     for index, prompt in enumerate(prompts):
+        record, expected = prompt.record, prompt.expected
         shown = [by_index[index] for kind, by_index in responses.items() if kind != "nll" and index in by_index]
         got, correct = (shown[0].text, shown[0].correct) if shown else ("", None)
         if shown and correct is None and binary in scores[index]:
             correct = scores[index][binary] == 1.0
-        items.append(replace(_item(ids[index], prompt, got, correct, scores[index]), line=lines[index]))
+        finite = {metric: math.nan if math.isinf(value) else value for metric, value in scores[index].items()}
+        asked = "\n".join(f"{turn.role}: {turn.content}" for turn in record.messages) or record.prompt
+        asked, expected = (record.completion, "") if record.kind == "text" else (asked, expected)
+        items.append(Item(ids[index], asked, expected, got, correct, finite, lines[index]))
     return items
-
-
-def _item(id: str, prompt: Prompt, got: str, correct: bool | None, scores: Mapping[str, float]) -> Item:
-    record = prompt.record
-    finite = {metric: math.nan if math.isinf(value) else value for metric, value in scores.items()}
-    item = Item(id, record.prompt, prompt.expected, got, correct, finite)
-    if record.kind == "text":
-        return replace(item, prompt=record.completion, expected="")
-    if record.messages:
-        return replace(item, prompt="\n".join(f"{turn.role}: {turn.content}" for turn in record.messages))
-    return item

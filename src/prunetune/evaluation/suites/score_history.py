@@ -3,8 +3,6 @@
 Lines hold scores, and no text or id of a row. A line that is cut short or damaged is passed over.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -36,13 +34,8 @@ class ScoredVersion:
 
     def to_dict(self) -> JsonObject:
         """JSON-ready."""
-        return {
-            "time": self.time,
-            "model": self.model,
-            "version": self.version,
-            "suite_sha256": self.suite_hash,
-            **json.loads(self.evaluation.to_json()),
-        }
+        facts = {"time": self.time, "model": self.model, "version": self.version, "suite_sha256": self.suite_hash}
+        return {**facts, **json.loads(self.evaluation.to_json())}
 
 
 def history_file() -> Path:
@@ -79,8 +72,10 @@ def read_scores(suite: Path) -> list[ScoredVersion]:
                 evaluation = Evaluation.from_json(json.dumps(record))
             except DataError:
                 continue
-            time, *key = (str(record.get(name, "")) for name in ("time", "model", "version", "suite_sha256"))
-            versions[key[0], key[1], key[2]] = ScoredVersion(time, key[0], key[1], key[2], evaluation)
+            time, model, version, suite_hash = (
+                str(record.get(name, "")) for name in ("time", "model", "version", "suite_sha256")
+            )
+            versions[model, version, suite_hash] = ScoredVersion(time, model, version, suite_hash, evaluation)
     if not versions:
         raise ConfigError(f"{suite}: {file} has no scores of this suite; prunetune eval and check add them")
     return sorted(versions.values(), key=lambda scored: scored.time, reverse=True)
@@ -90,22 +85,14 @@ def render_history(suite: Path, versions: Sequence[ScoredVersion]) -> str:
     """A row for each version, with the headline score of every task, ± one standard error."""
     tasks = dict.fromkeys(task for scored in versions for task in scored.evaluation.tasks)
     now = sha256(suite) if suite.is_file() else ""
-    rows = [
-        (
-            scored.time[:16].replace("T", " "),
-            scored.model,
-            scored.version[:8] or "–",
-            "now" if scored.suite_hash == now else scored.suite_hash[:8],
-            *(_headline_score(scored.evaluation, task) for task in tasks),
-        )
-        for scored in versions
-    ]
+    rows = []
+    for scored in versions:
+        row = [scored.time[:16].replace("T", " "), scored.model, scored.version[:8] or "–"]
+        row.append("now" if scored.suite_hash == now else scored.suite_hash[:8])
+        for task in tasks:
+            result = scored.evaluation.tasks.get(task)
+            metric = headline_metric(result) if result else ""
+            score = result.scores[metric] if result and metric else None
+            row.append(f"{metric} {score.value:.3f} ±{score.se:.3f}" if score else "–")
+        rows.append(row)
     return "\n".join(table_lines(("scored (UTC)", "model", "version", "suite", *(f">{task}" for task in tasks)), rows))
-
-
-def _headline_score(evaluation: Evaluation, task: str) -> str:
-    result = evaluation.tasks.get(task)
-    if result is None or not result.scores:
-        return "–"
-    score = result.scores[headline_metric(result)]
-    return f"{headline_metric(result)} {score.value:.3f} ±{score.se:.3f}"

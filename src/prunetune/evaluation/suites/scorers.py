@@ -1,7 +1,5 @@
 """The table of scorers that a suite may name, and how a task's `scorer` is read."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

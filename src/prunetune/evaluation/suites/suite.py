@@ -11,8 +11,6 @@ tasks:
 ```
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,13 +21,39 @@ from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from prunetune.evaluation.suites.scorers import Permission, TaskScorer, is_reference_free, parse_scorers
-from prunetune.evaluation.suites.suite_limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import validate_name
 from prunetune.utils.untrusted import short_repr
 
 SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")
 NON_OPTION_KEYS = ("name", "scorer", "limits")  # keys of a task that are no plain options
+UNSET = float("-inf")  # no bound; YAML cannot express it, so no user can have asked for it
+DEFAULT_SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The limits on one metric, as a suite writes them."""
+
+    min: float = option(UNSET, "Lowest allowed score.")
+    max: float = option(UNSET, "Highest allowed score (perplexity, bits per byte).")
+    relative: float = option(
+        UNSET, "Lowest allowed share of the reference's score; inverted where lower is better.", gt=0
+    )
+    drop: float = option(UNSET, "Largest allowed loss against the reference, in the metric's own unit.", ge=0)
+    statistical: float = option(
+        UNSET, "Significance level of a paired test that the score is worse than the reference's.", gt=0, le=0.5
+    )
+
+
+@dataclass(frozen=True)
+class SuiteLimit:
+    """One limit on one metric of one task."""
+
+    task: str
+    metric: str
+    kind: str  # min, max, relative, drop, statistical
+    bound: float  # for statistical: the level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +156,9 @@ def parse_suite(values: Any, *, where: str = "suite", folder: Path = Path()) -> 
         raise ConfigError(f"{where}: a suite has the key tasks, a list or a mapping of tasks; see suites/")
     for key in values:
         validate_name(str(key), SUITE_KEYS, f"{where}: key")
-    level = _level(values.get("level", DEFAULT_SIGNIFICANCE), where)
+    level = values.get("level", DEFAULT_SIGNIFICANCE)
+    if not isinstance(level, float) or not 0 < level <= 0.5:
+        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {short_repr(level)}")
     root = str(folder / expand_path(str(values.get("root") or "").strip()))
     correction: Any = validate_name(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
@@ -158,12 +184,6 @@ def _entries(tasks: Any, where: str) -> list[tuple[str, Any]]:
     ]
 
 
-def _level(value: Any, where: str) -> float:
-    if not isinstance(value, float) or not 0 < value <= 0.5:
-        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {short_repr(value)}")
-    return value
-
-
 def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: str) -> Task:
     where = f"{where}: task {name}"
     try:
@@ -184,3 +204,38 @@ def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: 
         return replace(task, limits=parse_limits(keys.get("limits"), name, task.metrics, level, where))
     except PrunetuneError as error:
         return Task(name, root=root, error=str(error))
+
+
+def parse_limits(value: Any, task: str, metrics: Sequence[str], level: float, where: str) -> tuple[SuiteLimit, ...]:
+    """The limits in a task's `limits`: bounds of its first metric, or metric -> bounds; raises `ConfigError`.
+
+    `metrics` are those that the task's scorers give; where none are known (lm-eval's), any name is accepted.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{where}: limits maps min, max, relative, drop or statistical to a bound, got {short_repr(value)}"
+        )
+    if any(isinstance(bounds, Mapping) for bounds in value.values()):
+        by_metric = dict(value)
+    elif metrics:
+        by_metric = {metrics[0]: value}
+    else:
+        raise ConfigError(f"{where}: limits of an lm_eval task name their metric, such as acc: {{relative: 0.95}}")
+    limits = []
+    for name, bounds in by_metric.items():
+        metric = validate_name(str(name), metrics, f"{where}: limits: metric") if metrics else str(name)
+        of_metric = f"{where}: limits.{name}"
+        if not isinstance(bounds, Mapping):
+            raise ConfigError(
+                f"{of_metric} maps min, max, relative, drop or statistical to a bound, got {short_repr(bounds)}"
+            )
+        given = dict(bounds)
+        if given.get("statistical") is True:
+            given["statistical"] = level
+        elif given.get("statistical") is False:
+            del given["statistical"]
+        kinds = vars(read_options(Bounds, given, where=of_metric))
+        limits += [SuiteLimit(task, metric, kind, bound) for kind, bound in kinds.items() if bound != UNSET]
+    return tuple(limits)

@@ -3,8 +3,6 @@
 A new one is a function here and a line in `SCORERS` (scorers.py); see docs/extend/scorer.md.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter
@@ -12,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.statistics import sentence_bleu, sentence_chrf
+from prunetune.evaluation.statistics import sentence_scores
 from prunetune.evaluation.suites.protocol import Response
 from prunetune.evaluation.text_metrics import RougeTokenizer, normalise_text
 from prunetune.evaluation.text_metrics import exact_match as is_same_text
@@ -122,13 +120,9 @@ def rouge(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
 
 def bleu(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """Sentence BLEU of each item; the task's score is corpus BLEU, 0..100 (sacrebleu)."""
-    return {"bleu": sentence_bleu(*_pairs(answers))}
+    return {"bleu": sentence_scores("BLEU", [(answer.prompt.expected, answer.text) for answer in answers])}
 
 
 def chrf(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """Sentence chrF2 of each item; the task's score is that of the corpus, 0..100 (sacrebleu)."""
-    return {"chrf": sentence_chrf(*_pairs(answers))}
-
-
-def _pairs(answers: Sequence[Response]) -> tuple[list[str], list[str]]:
-    return [answer.prompt.expected for answer in answers], [answer.text for answer in answers]
+    return {"chrf": sentence_scores("CHRF", [(answer.prompt.expected, answer.text) for answer in answers])}
