@@ -211,10 +211,13 @@ def sites(
     model: str,
     /,
     *,
-    layout: Literal["per-layer", "uniform"] = "per-layer",
+    layout: Annotated[
+        Literal["per-layer", "uniform"], Parameter(help="per-layer: widths differ by layer; uniform: one width.")
+    ] = "per-layer",
     align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by the width of the MLPs.")] = 0,
     units: Annotated[
-        tuple[UnitName, ...], Parameter(help="Kinds of unit that may be pruned, see budget.units.", negative=())
+        tuple[UnitName, ...],
+        Parameter(help="Kinds of unit that may be pruned, see budget.units.", negative=(), show_default=", ".join),
     ] = DEFAULT_UNITS,
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; the device that latency is for.")] = "auto",
     measure: Annotated[
@@ -278,7 +281,8 @@ def runs(
         str, Parameter(help="Only runs that are done, running, interrupted, failed or 'limit broken'.")
     ] = "",
     where: Annotated[
-        tuple[str, ...], Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.")
+        tuple[str, ...],
+        Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.", show_default=False),
     ] = (),
     json: PrintJson = False,
 ) -> None:
@@ -456,7 +460,10 @@ def push(
         bool, Parameter(negative=(), help="Also send the dense tuned model, as a LoRA adapter in adapter/.")
     ] = False,
     language: Annotated[
-        tuple[str, ...], Parameter(negative=(), help="Languages for the card, such as en; default: those of the base.")
+        tuple[str, ...],
+        Parameter(
+            negative=(), help="Languages for the card, such as en; default: those of the base.", show_default=False
+        ),
     ] = (),
 ) -> None:
     """Put the model of a finished run on the Hugging Face hub, private, with a card of its scores.

@@ -58,7 +58,8 @@ def _flags_class(cls: type[Any], prefix: str, *, show: bool, group: Group) -> ty
 
 
 def _flag(item: Any, kind: Any, group: Group, *, show: bool) -> Parameter:
-    default = "" if item.default in ((), "", dataclasses.MISSING) else f" [default: {item.default}]"
+    value = ", ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+    default = "" if value in ("", dataclasses.MISSING) else f" [default: {value}]"
     is_list = typing.get_origin(kind) is tuple
     is_text = is_list and typing.get_args(kind)[0] is str
     return Parameter(
