@@ -315,14 +315,19 @@ def _raise_if_weights_are_missing(name: str, info: Mapping[str, Any]) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' warnings back, among them its table of weights that do not fit."""
-    logger = logging.getLogger("transformers")
+    """Keep transformers' warnings back, among them its table of weights that do not fit, and its progress bar."""
+    from transformers.utils import logging as transformers_logging
+
+    logger, shows_progress = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if shows_progress:
+            transformers_logging.enable_progress_bar()
 
 
 def processor_files(name: str) -> list[Path]:
