@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prunetune.export import selfcheck
-from support.again import reopen_here
+from support.again import ReaderHere
 from support.data import subwords
 from support.models import tiny
 
@@ -50,7 +50,7 @@ def test_commands_of_an_example_run_in_their_order(
 ) -> None:
     if folder.name == "icd-10":
         pytest.importorskip("simple_icd_10_cm")
-    monkeypatch.setattr(selfcheck, "reopen_in_fresh_process", reopen_here)  # a fresh process takes seconds
+    monkeypatch.setattr(selfcheck, "FreshReader", ReaderHere)  # a fresh process takes seconds
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(ROOT / "examples")
     ran = commands(folder)

@@ -106,13 +106,20 @@ def make_of_another_tool(folder: Path) -> dict[str, Any]:
     return values
 
 
+def measure_here(spec: Any, options: Any, opener: Any) -> Any:
+    """Replaces `measure_models.Worker`."""
+    runner = opener(spec, options)
+    runner.close = lambda: None  # there is no process to end
+    return runner
+
+
 @pytest.fixture(scope="module")
 def checks_here() -> Iterator[None]:
     """Checks and measurements in this process, as fresh ones take seconds to start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selfcheck, "FreshReader", ReaderHere)
         patch.setattr(llamacpp, "reference_continuations", reference_here)
-        patch.setattr(measure_models, "Worker", lambda spec, options, opener: opener(spec, options))
+        patch.setattr(measure_models, "Worker", measure_here)
         yield
 
 
