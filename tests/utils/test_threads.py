@@ -39,10 +39,11 @@ def test_quota_bounds_the_cores(
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     cgroup = group(tmp_path, files)
     assert usable_cores(cgroup) == (cores or 8)
-    for variables in ({}, {"OMP_NUM_THREADS": "5"}):
+    for variables in ({}, {"OMP_NUM_THREADS": "5"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
         environment = dict(variables)
         limit_openmp_threads(environment, cgroup)
-        assert environment == (variables or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
+        limit = {"OMP_NUM_THREADS": str(cores)} if cores else {}
+        assert environment == {"OMP_WAIT_POLICY": "PASSIVE", **limit, **variables}  # what the user has set stays
 
 
 def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

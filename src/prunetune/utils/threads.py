@@ -9,11 +9,13 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def limit_openmp_threads(environment: MutableMapping[str, str], cgroup_root: Path = CGROUP_ROOT) -> None:
-    """Have OpenMP start no more threads than the container may use, unless the user has set a number.
+    """Have OpenMP start no more threads than the container may use, and have them sleep while they wait for each other.
 
-    OpenMP counts the machine's cores. With more threads than may run, threads wait for each other: small sums on the
-    CPU then take ten times as long, in a run on a GPU too.
+    OpenMP counts the machine's cores, and its threads spin while they wait. With more threads than may run, or beside
+    another busy process, small sums on the CPU then take up to ten times as long, in a run on a GPU too. What the user
+    has set stays.
     """
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     cores = usable_cores(cgroup_root)
     if cores < (os.cpu_count() or 1):
         environment.setdefault("OMP_NUM_THREADS", str(cores))
