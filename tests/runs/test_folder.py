@@ -62,11 +62,11 @@ def test_folder_with_a_pipe_is_refused_by_every_opener_and_none_waits(name: str,
         (RunFolderError, lambda: check_folder(config, resume=True)),
         (RunFolderError, lambda: open_run(path)),
         (RunFolderError, lambda: read_run(path)),
-        (ModelError, lambda: resolve_model_path(str(path))),
+        (ModelError, lambda: resolve_model_path(str((path / name).parent))),
     ):
         with pytest.raises(error, match=r"is a pipe or a device|no run folder"):
             opens()
     (path / name).unlink()
     (path / name).symlink_to("/dev/zero")
     with pytest.raises(ModelError, match="is a pipe or a device"):
-        resolve_model_path(str(path))
+        resolve_model_path(str((path / name).parent))

@@ -74,7 +74,7 @@ def resolve_model_path(name: str) -> str:
         return str(dequantize_gguf(file))
     path = expand_path(name)
     if path.is_dir():
-        refuse_special_files(path, ModelError)
+        refuse_special_files(path.iterdir(), ModelError)
         if (path / "adapter_config.json").is_file():  # which transformers would open as its base
             from prunetune.model.adapter_folder import merge_adapter_folder
 

@@ -45,13 +45,14 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run folder; raises `RunFolderError` where the folder or its `config.yaml` is missing."""
     if not folder.is_dir():
         raise RunFolderError(f"{folder} is not a folder; name the run folder that `prunetune run` made")
-    refuse_special_files(folder, RunFolderError)
+    refuse_special_files([folder / "config.yaml"], RunFolderError)
     try:
         config_text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError as unreadable:
         raise RunFolderError(
             f"{folder} holds no readable config.yaml; name the run folder that `prunetune run` made"
         ) from unreadable
+    refuse_special_files(folder.rglob("*"), RunFolderError)  # a folder that is a run: any other may be large
     missing: list[str] = []
     try:
         config = get_mapping(with_current_names(RunConfig, parse_yaml(config_text), quiet=True))

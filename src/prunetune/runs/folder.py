@@ -130,7 +130,7 @@ def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str]
         if _has_contents(folder.path):
             raise RunFolderError(f"{folder.path} exists already: continue it with --resume, or name another with --out")
     elif recipe.exists():
-        refuse_special_files(folder.path, RunFolderError)
+        refuse_special_files(folder.path.rglob("*"), RunFolderError)
         _raise_if_recipe_changed(recipe, config, changeable)
     elif _has_contents(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume: name another with --out")
@@ -259,5 +259,5 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     recipe = path / "config.yaml"
     if not recipe.is_file():
         raise RunFolderError(f"{path} is no run folder (no config.yaml): name one that `prunetune run` made")
-    refuse_special_files(path, RunFolderError)
+    refuse_special_files(path.rglob("*"), RunFolderError)
     return RunFolder(path), load_saved_recipe(recipe)

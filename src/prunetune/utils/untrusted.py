@@ -6,7 +6,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,9 +33,9 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def refuse_special_files(folder: Path, error: type[PrunetuneError]) -> None:
-    """Raise this error where the folder holds a pipe, socket or device, or a link to one: a reader might never end."""
-    for file in folder.rglob("*"):
+def refuse_special_files(files: Iterable[Path], error: type[PrunetuneError]) -> None:
+    """Raise this error for a pipe, socket or device, or a link to one, among the files: a reader might never end."""
+    for file in files:
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise error(f"{file} is a pipe or a device, which neither a run nor a model has: remove it")
 
