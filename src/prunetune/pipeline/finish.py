@@ -124,7 +124,7 @@ def write_and_check(
         history=pruning_history(context.folder, context.reported_config, plan, context.sites),
         end_token=chat_stop_id(context.tokenizer) if has_chats else None,
     )
-    selfcheck = check_checkpoint(written, tokens, expected.logits, streamed=streamed, reader=reader)
+    outcome = check_checkpoint(written, tokens, expected.logits, streamed=streamed, reader=reader)
     context.folder.update_manifest(
         model=replace(context.folder.read_manifest().model, bytes=context.original_params * expected.dtype.itemsize),
         pruned=PrunedModelFacts(
@@ -133,7 +133,7 @@ def write_and_check(
             decoder_params=kept_params(context.sites, plan) + context.unprunable_block_params,
             dtype=str(expected.dtype).removeprefix("torch."),
         ),
-        selfcheck=SelfCheckFacts(**selfcheck.to_dict()),
+        selfcheck=SelfCheckFacts(**outcome.to_dict()),
     )
     unchecked.rename(context.folder.model_folder)  # from here on model/ exists, is whole, and has passed its check
 
